@@ -1,0 +1,99 @@
+// The C ABI of qnkernels: plain pointers, sizes and, on a GPU, a stream. No torch, no Python.
+//
+// Shapes and layouts stand beside each argument; all arrays are contiguous. Functions return a qnk_status.
+// dtype arguments are qnk_dtype values. `seed` and `bits` are read through pointers, so that they may change
+// between replays of a captured graph; on a GPU they point to device memory.
+//
+// Elements share a scale by (channels, inner): element i has parameter (i / inner) % channels.
+//   per tensor: channels = 1, inner = n;  along an axis: inner = product of later dimensions;
+//   per group of a row: channels = n / group_size, inner = group_size.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define QNK_API __declspec(dllexport)
+#else
+#define QNK_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum qnk_status {
+    QNK_OK = 0,
+    QNK_BAD_BITS = 1,    // bits outside [2, 16], or not 4 or 8 where packed
+    QNK_BAD_DTYPE = 2,   // not a qnk_dtype
+    QNK_BAD_INDEX = 3,   // an index outside the table
+    QNK_NO_MEMORY = 4,   // a work buffer could not be allocated
+    QNK_CUDA_ERROR = 5,  // see qnk_cuda_last_error
+};
+
+enum qnk_dtype { QNK_F32 = 0, QNK_BF16 = 1, QNK_F16 = 2 };
+
+enum qnk_noise_kind { QNK_ZERO = 0, QNK_MEAN = 1 };
+
+// ---- CPU library ----
+
+// Instruction set in use, and the best one that this processor has: "portable", "avx2", "avx512" or "amx".
+// QNKERNELS_ISA in the environment lowers the first; it is read at the first call of any kernel.
+QNK_API const char* qnk_cpu_isa(void);
+QNK_API const char* qnk_cpu_isa_detected(void);
+// Threads the next kernel may use, and whether an OpenMP runtime was found in the process.
+QNK_API int qnk_cpu_threads(void);
+QNK_API int qnk_cpu_has_openmp(void);
+
+// low, high [channels] <- smallest and largest of x [outer, channels, inner]; NaN propagates.
+QNK_API int qnk_cpu_minmax(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
+                           float* low, float* high);
+
+// low, high [channels] <- clipping range of least squared error on a 2048-bin histogram of x.
+QNK_API int qnk_cpu_histogram_range(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
+                                    const int64_t* bits, float* low, float* high);
+
+// y [n] <- quantization noise on x [n]: noised where the draw of (seed, i) < threshold (0 to 65536).
+QNK_API int qnk_cpu_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n,
+                                  const float* scale, const float* zero_point, int64_t channels,
+                                  int64_t inner, const int64_t* bits, int32_t threshold, const int64_t* seed);
+
+// grad_x [n] <- straight-through gradient, in the dtype of x.
+QNK_API int qnk_cpu_fake_quantize_backward(const void* grad, int grad_dtype, const void* x, void* grad_x,
+                                           int x_dtype, int64_t n, const float* scale,
+                                           const float* zero_point, int64_t channels, int64_t inner,
+                                           const int64_t* bits, int32_t threshold, const int64_t* seed);
+
+// out [n_blocks, block_size] <- proxy noise on weight; kept blocks are multiplied by factor (QNK_ZERO).
+QNK_API int qnk_cpu_block_noise(const void* weight, int weight_dtype, void* out, int out_dtype,
+                                int64_t n_blocks, int64_t block_size, int kind, float factor,
+                                int32_t threshold, const int64_t* seed);
+
+// y [m, n] <- x [m, k] @ ((q - z) * s)^T + bias [n]. weight: packed codes [n, k * bits / 8], low bits first;
+// scale, zero_point [n, groups]; zero_point may be null (z = 2^(bits - 1)), bias may be null.
+QNK_API int qnk_cpu_int_linear(const void* x, int dtype, const uint8_t* weight, const float* scale,
+                               const uint8_t* zero_point, const float* bias, void* y, int64_t m, int64_t n,
+                               int64_t k, int64_t groups, int bits);
+
+// grad_x [m, k] <- grad [m, n] @ ((q - z) * s).
+QNK_API int qnk_cpu_int_linear_backward(const void* grad, int dtype, const uint8_t* weight,
+                                        const float* scale, const uint8_t* zero_point, void* grad_x,
+                                        int64_t m, int64_t n, int64_t k, int64_t groups, int bits);
+
+// out [count, k] <- decoded rows indices [count] of the table weight [rows, k * bits / 8].
+QNK_API int qnk_cpu_int_embedding(const int64_t* indices, int64_t count, const uint8_t* weight,
+                                  const float* scale, const uint8_t* zero_point, void* out, int out_dtype,
+                                  int64_t rows, int64_t k, int64_t groups, int bits);
+
+// ---- CUDA library: pointers to device memory, stream is a cudaStream_t, nothing waits ----
+
+QNK_API const char* qnk_cuda_last_error(void);
+QNK_API int qnk_cuda_device_count(void);
+
+QNK_API int qnk_cuda_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n,
+                                   const float* scale, const float* zero_point, int64_t channels,
+                                   int64_t inner, const int64_t* bits, int32_t threshold, const int64_t* seed,
+                                   void* stream);
+
+#ifdef __cplusplus
+}
+#endif

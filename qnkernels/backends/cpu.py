@@ -1,0 +1,120 @@
+"""Bindings of the C++ kernels: tensors in, one C call, tensors out."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ..reference import range as reference_range
+from ..reference.philox import threshold
+from .native import CPU_ARGTYPES, DTYPES, NOISE_KINDS, declare, layout, open_library, raise_for_status
+
+
+def load() -> dict[str, Callable]:
+    kernels = CpuKernels(declare(open_library("cpu"), "cpu", CPU_ARGTYPES))
+    names = [*CPU_ARGTYPES, "update_range_"]
+    return {name: getattr(kernels, name) for name in names}
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class CpuKernels:
+    """One method per op, with the signature of the reference; tensors are contiguous and checked."""
+
+    def __init__(self, functions: dict) -> None:
+        self._c = functions
+        self.update_range_ = functools.partial(
+            reference_range.update_range_, minmax=self.minmax, histogram_range=self.histogram_range
+        )
+
+    def minmax(self, x, axis=None, group_size=None):
+        low, high = self._empty_range(x, axis, group_size)
+        sizes = layout(x, axis, group_size)
+        arguments = (x.data_ptr(), DTYPES[x.dtype], *sizes, low.data_ptr(), high.data_ptr())
+        raise_for_status(self._c["minmax"](*arguments))
+        return low, high
+
+    def histogram_range(self, x, bits, axis=None, group_size=None):
+        low, high = self._empty_range(x, axis, group_size)
+        sizes = layout(x, axis, group_size)
+        arguments = (x.data_ptr(), DTYPES[x.dtype], *sizes, bits.data_ptr(), low.data_ptr(), high.data_ptr())
+        raise_for_status(self._c["histogram_range"](*arguments))
+        return low, high
+
+    @staticmethod
+    def _empty_range(x, axis, group_size):
+        if group_size is not None:
+            shape = (*x.shape[:-1], x.shape[-1] // group_size)
+        else:
+            shape = () if axis is None else (x.shape[axis],)
+        return torch.empty(shape), torch.empty(shape)
+
+    def fake_quantize(self, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, dtype=None):
+        y = torch.empty(x.shape, dtype=dtype or x.dtype)
+        _, channels, inner = layout(x, axis, group_size)
+        status = self._c["fake_quantize"](
+            *(x.data_ptr(), DTYPES[x.dtype], y.data_ptr(), DTYPES[y.dtype], x.numel()),
+            *(scale.data_ptr(), zero_point.data_ptr(), channels, inner),
+            *(bits.data_ptr(), threshold(p), seed.data_ptr()),
+        )
+        raise_for_status(status)
+        return y
+
+    def fake_quantize_backward(
+        self, grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None
+    ):
+        grad_x = torch.empty_like(x)
+        _, channels, inner = layout(x, axis, group_size)
+        status = self._c["fake_quantize_backward"](
+            *(grad.data_ptr(), DTYPES[grad.dtype], x.data_ptr(), grad_x.data_ptr(), DTYPES[x.dtype], x.numel()),
+            *(scale.data_ptr(), zero_point.data_ptr(), channels, inner),
+            *(bits.data_ptr(), threshold(p), seed.data_ptr()),
+        )
+        raise_for_status(status)
+        return grad_x
+
+    def block_noise(self, weight, block_size, p, seed, kind, rescale, dtype=None):
+        out = torch.empty(weight.shape, dtype=dtype or weight.dtype)
+        factor = 1 / (1 - p) if kind == "zero" and rescale and p < 1 else 1.0
+        status = self._c["block_noise"](
+            *(weight.data_ptr(), DTYPES[weight.dtype], out.data_ptr(), DTYPES[out.dtype]),
+            *(weight.numel() // block_size, block_size, NOISE_KINDS[kind], ctypes.c_float(factor)),
+            *(threshold(p), seed.data_ptr()),
+        )
+        raise_for_status(status)
+        return out
+
+    def int_linear(self, x, weight, scale, zero_point, bias, bits):
+        (m, k), (n, groups) = x.shape, scale.shape
+        y = x.new_empty(m, n)
+        bias = None if bias is None else bias.float().contiguous()
+        status = self._c["int_linear"](
+            *(x.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), scale.data_ptr(), _pointer(zero_point)),
+            *(_pointer(bias), y.data_ptr(), m, n, k, groups, bits),
+        )
+        raise_for_status(status)
+        return y
+
+    def int_linear_backward(self, grad, weight, scale, zero_point, bits):
+        (m, n), groups = grad.shape, scale.shape[1]
+        k = weight.shape[1] * 8 // bits
+        grad_x = grad.new_empty(m, k)
+        status = self._c["int_linear_backward"](
+            *(grad.data_ptr(), DTYPES[grad.dtype], weight.data_ptr(), scale.data_ptr(), _pointer(zero_point)),
+            *(grad_x.data_ptr(), m, n, k, groups, bits),
+        )
+        raise_for_status(status)
+        return grad_x
+
+    def int_embedding(self, indices, weight, scale, zero_point, bits, dtype):
+        rows, k = weight.shape[0], weight.shape[1] * 8 // bits
+        out = torch.empty((*indices.shape, k), dtype=dtype)
+        status = self._c["int_embedding"](
+            *(indices.data_ptr(), indices.numel(), weight.data_ptr(), scale.data_ptr(), _pointer(zero_point)),
+            *(out.data_ptr(), DTYPES[dtype], rows, k, scale.shape[1], bits),
+        )
+        raise_for_status(status)
+        return out

@@ -1,0 +1,186 @@
+"""The typed face of the ops. Plain integers and floats are accepted where the ops take 0-d tensors."""
+
+import torch
+
+from . import ops  # noqa: F401  (registers torch.ops.qnkernels)
+from .reference.range import quantization_parameters
+
+__all__ = [
+    "block_noise",
+    "fake_quantize",
+    "histogram_range",
+    "int_embedding",
+    "int_linear",
+    "minmax",
+    "quantization_parameters",
+    "update_range_",
+]
+
+MIN_BITS, MAX_BITS = 2, 16
+
+
+def _integer(argument: str, value: int | torch.Tensor, low: int, high: int, device: torch.device) -> torch.Tensor:
+    """A 0-d int64 tensor on `device`; a plain integer must lie in [low, high]."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: expected an integer or a 0-d int64 tensor, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{argument}: expected an integer in [{low}, {high}], got {value}")
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def _bits(bits: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    return _integer("bits", bits, MIN_BITS, MAX_BITS, device)
+
+
+def _seed(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    return _integer("seed", seed, 0, 2**63 - 1, device)
+
+
+def _parameter(value: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.float()
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
+def minmax(
+    x: torch.Tensor, axis: int | None = None, group_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest value of x, fp32: 0-d, [channels] along `axis`, or [.., groups] of a row."""
+    return torch.ops.qnkernels.minmax(x, axis, group_size)
+
+
+def histogram_range(
+    x: torch.Tensor, bits: int | torch.Tensor = 8, axis: int | None = None, group_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipping range of least squared error for a 2^bits quantizer, from a 2048-bin histogram of x.
+
+    Shapes as for `minmax`.
+    """
+    return torch.ops.qnkernels.histogram_range(x, _bits(bits, x.device), axis, group_size)
+
+
+def update_range_(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    step: torch.Tensor,
+    bits: int | torch.Tensor = 8,
+    observer: str = "minmax",
+    every: int = 1,
+    momentum: float = 0.1,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> None:
+    """Count a forward in `step` (0-d int64) and refresh the range (low, high) in place where it is due.
+
+    Due: the first forward and, for every > 0, each forward whose number is a multiple of `every`. The
+    decision is taken on the device, without a host sync. Observers: "minmax" and "histogram" replace
+    the range, "ema_minmax" moves it by `momentum`.
+    """
+    bits = _bits(bits, x.device)
+    torch.ops.qnkernels.update_range_(x, low, high, step, bits, observer, every, momentum, axis, group_size)
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor | float,
+    zero_point: torch.Tensor | float,
+    bits: int | torch.Tensor = 8,
+    axis: int | None = None,
+    group_size: int | None = None,
+    p: float = 1.0,
+    seed: int | torch.Tensor = 0,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Quantization noise at rate p: y = (clamp(round(x / s + z), 0, 2^bits - 1) - z) * s where noised.
+
+    x: fp32, bf16 or fp16, any shape. scale, zero_point: 0-d, [channels] along `axis`, or [.., groups]
+    with `group_size` elements of a row each. bits: 2 to 16. The same seed noises the same elements on
+    every backend. Returns the shape of x, in `dtype` (that of x by default).
+    Gradient: straight-through; stopped where x is noised and outside [-z s, (2^bits - 1 - z) s].
+    Source: Quant-Noise, arXiv 2004.07320, sections 3.1 and 4.2.
+    Raises ValueError (shapes, p, bits, device) and TypeError (dtypes).
+    """
+    return torch.ops.qnkernels.fake_quantize(
+        x,
+        _parameter(scale, x.device),
+        _parameter(zero_point, x.device),
+        _bits(bits, x.device),
+        p,
+        _seed(seed, x.device),
+        axis,
+        group_size,
+        dtype,
+    )
+
+
+def block_noise(
+    weight: torch.Tensor,
+    block_size: int,
+    p: float,
+    seed: int | torch.Tensor = 0,
+    kind: str = "zero",
+    rescale: bool = True,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Noise blocks of `block_size` consecutive weights of weight [out, in] at rate p.
+
+    kind "zero": noised blocks become 0 and, with `rescale`, the others are multiplied by 1 / (1 - p);
+    "mean": noised blocks become their mean. Returns [out, in] in `dtype` (that of weight by default).
+    Gradient: straight-through (identity). Source: Quant-Noise, arXiv 2004.07320, section 4.2.
+    Raises ValueError (shapes, p, block_size, kind, device) and TypeError (dtypes).
+    """
+    seed = _seed(seed, weight.device)
+    return torch.ops.qnkernels.block_noise(weight, block_size, p, seed, kind, rescale, dtype)
+
+
+def int_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """y = x @ ((q - z) * s)^T + bias over a packed integer weight.
+
+    x [..., in] fp32, bf16 or fp16; weight uint8 [out, in * bits / 8], unsigned codes, low bits first;
+    scale fp32 and zero_point uint8 [out] or [out, in / group_size]; without a zero point
+    z = 2^(bits - 1); bits 4 or 8. Returns [..., out] in the dtype of x, accumulated in fp32.
+    Gradients flow to x and bias. Raises ValueError (shapes, bits, device) and TypeError (dtypes).
+    """
+    scale, zero_point = _per_row(scale), None if zero_point is None else _per_row(zero_point)
+    _check_groups(weight, scale, bits, group_size)
+    return torch.ops.qnkernels.int_linear(x, weight, scale, zero_point, bias, bits)
+
+
+def int_embedding(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bits: int = 8,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Rows of a packed integer table: indices [...] int64 -> [..., in] in `dtype`; arguments as int_linear."""
+    scale, zero_point = _per_row(scale), None if zero_point is None else _per_row(zero_point)
+    _check_groups(weight, scale, bits, group_size)
+    return torch.ops.qnkernels.int_embedding(indices, weight, scale, zero_point, bits, dtype)
+
+
+def _per_row(value: torch.Tensor) -> torch.Tensor:
+    return value[:, None] if value.dim() == 1 else value
+
+
+def _check_groups(weight: torch.Tensor, scale: torch.Tensor, bits: int, group_size: int | None) -> None:
+    if group_size is None or weight.dim() != 2 or scale.dim() != 2:
+        return
+    in_features = weight.shape[1] * 8 // bits
+    if group_size < 1 or scale.shape[1] * group_size != in_features:
+        raise ValueError(
+            f"group_size: expected {in_features} inputs / {scale.shape[1]} groups of scale, got {group_size}"
+        )

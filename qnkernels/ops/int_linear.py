@@ -1,0 +1,138 @@
+"""int_linear and int_embedding: layers over packed integer weights."""
+
+import torch
+
+from ..backends import select
+from . import checks
+from .library import autograd, op
+
+BITS = (4, 8)
+
+
+def _check_weight(weight, scale, zero_point, bits) -> int:
+    """Check a packed weight and its parameters; returns the number of inputs."""
+    if bits not in BITS:
+        checks.fail("bits", f"one of {BITS}", bits)
+    checks.check_dtype("weight", weight, torch.uint8)
+    if weight.dim() != 2:
+        checks.fail("weight", "two dimensions [out, in * bits / 8]", f"shape {tuple(weight.shape)}")
+    in_features = weight.shape[1] * 8 // bits
+    checks.check_dtype("scale", scale, torch.float32)
+    checks.check_same_device("scale", scale, weight.device)
+    if scale.dim() != 2 or scale.shape[0] != weight.shape[0] or in_features % max(scale.shape[1], 1):
+        checks.fail(
+            "scale", f"[{weight.shape[0]}, groups], groups a divisor of {in_features}", tuple(scale.shape)
+        )
+    if zero_point is not None:
+        checks.check_dtype("zero_point", zero_point, torch.uint8)
+        checks.check_same_device("zero_point", zero_point, weight.device)
+        if zero_point.shape != scale.shape:
+            checks.fail("zero_point", f"the shape of scale, {tuple(scale.shape)}", tuple(zero_point.shape))
+    return in_features
+
+
+def _contiguous(weight, scale, zero_point):
+    return weight.contiguous(), scale.contiguous(), None if zero_point is None else zero_point.contiguous()
+
+
+def _check(x, weight, scale, zero_point, bias, bits):
+    in_features = _check_weight(weight, scale, zero_point, bits)
+    checks.check_float("x", x)
+    checks.check_same_device("x", x, weight.device)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        checks.fail("x", f"[..., {in_features}]", f"shape {tuple(x.shape)}")
+    if bias is not None:
+        checks.check_float("bias", bias)
+        checks.check_same_device("bias", bias, weight.device)
+        if tuple(bias.shape) != (weight.shape[0],):
+            checks.fail("bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
+
+
+def _fake(x, weight, scale, zero_point, bias, bits):
+    _check(x, weight, scale, zero_point, bias, bits)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@op(
+    "int_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits) -> Tensor",
+    _fake,
+)
+def int_linear(x, weight, scale, zero_point, bias, bits):
+    _check(x, weight, scale, zero_point, bias, bits)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = select("int_linear", x.device.type)(rows, *_contiguous(weight, scale, zero_point), bias, bits)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _check_backward(grad, weight, scale, zero_point, bits) -> int:
+    in_features = _check_weight(weight, scale, zero_point, bits)
+    checks.check_float("grad", grad)
+    checks.check_same_device("grad", grad, weight.device)
+    if grad.dim() == 0 or grad.shape[-1] != weight.shape[0]:
+        checks.fail("grad", f"[..., {weight.shape[0]}]", f"shape {tuple(grad.shape)}")
+    return in_features
+
+
+def _fake_backward(grad, weight, scale, zero_point, bits):
+    return grad.new_empty((*grad.shape[:-1], _check_backward(grad, weight, scale, zero_point, bits)))
+
+
+@op(
+    "int_linear_backward(Tensor grad, Tensor weight, Tensor scale, Tensor? zero_point, int bits) -> Tensor",
+    _fake_backward,
+)
+def int_linear_backward(grad, weight, scale, zero_point, bits):
+    in_features = _check_backward(grad, weight, scale, zero_point, bits)
+    rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+    kernel = select("int_linear_backward", grad.device.type)
+    grad_x = kernel(rows, *_contiguous(weight, scale, zero_point), bits)
+    return grad_x.reshape(*grad.shape[:-1], in_features)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, scale, zero_point, bias, bits = inputs
+    ctx.save_for_backward(weight, scale, zero_point)
+    ctx.bits = bits
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):
+    weight, scale, zero_point = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.qnkernels.int_linear_backward(grad, weight, scale, zero_point, ctx.bits)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None
+
+
+autograd("int_linear", _backward, _setup_context)
+
+
+def _check_embedding(indices, weight, scale, zero_point, bits, dtype) -> int:
+    in_features = _check_weight(weight, scale, zero_point, bits)
+    checks.check_dtype("indices", indices, torch.int64)
+    checks.check_same_device("indices", indices, weight.device)
+    if dtype not in checks.FLOATS:
+        raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    return in_features
+
+
+def _fake_embedding(indices, weight, scale, zero_point, bits, dtype):
+    in_features = _check_embedding(indices, weight, scale, zero_point, bits, dtype)
+    return indices.new_empty((*indices.shape, in_features), dtype=dtype)
+
+
+@op(
+    "int_embedding(Tensor indices, Tensor weight, Tensor scale, Tensor? zero_point, int bits, "
+    "ScalarType dtype) -> Tensor",
+    _fake_embedding,
+)
+def int_embedding(indices, weight, scale, zero_point, bits, dtype):
+    """Indices outside [0, rows) raise IndexError on the CPU. On a GPU, where a check would wait for the
+    device, they are clamped to the table.
+    """
+    _check_embedding(indices, weight, scale, zero_point, bits, dtype)
+    kernel = select("int_embedding", indices.device.type)
+    return kernel(indices.contiguous(), *_contiguous(weight, scale, zero_point), bits, dtype)

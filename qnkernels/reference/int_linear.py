@@ -1,0 +1,78 @@
+"""Linear layers and embeddings over packed integer weights."""
+
+import torch
+import torch.nn.functional as F
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes [out, in] in [0, 2^bits) -> packed uint8 [out, in * bits / 8], low bits first."""
+    if bits == 8:
+        return codes.to(torch.uint8)
+    pairs = codes.to(torch.uint8).reshape(codes.shape[0], -1, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packed uint8 [out, in * bits / 8] -> codes uint8 [out, in]."""
+    if bits == 8:
+        return weight
+    return torch.stack((weight & 15, weight >> 4), dim=-1).reshape(weight.shape[0], -1)
+
+
+def quantize_weight(
+    weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Codes uint8 [out, in] = clamp(round(w / s + z), 0, 2^bits - 1) with scale, zero_point [out, groups]."""
+    groups = weight.float().reshape(*scale.shape, -1)
+    codes = torch.round(groups / scale[..., None] + zero_point[..., None]).clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8).reshape(weight.shape)
+
+
+def dequantize_weight(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bits: int,
+) -> torch.Tensor:
+    """Packed weight [out, in * bits / 8], scale and zero_point [out, groups] -> fp32 (q - z) * s, [out, in].
+
+    Without a zero point z = 2^(bits - 1).
+    """
+    codes = unpack(weight, bits).float().reshape(*scale.shape, -1)
+    z = 2.0 ** (bits - 1) if zero_point is None else zero_point.float()[..., None]
+    return ((codes - z) * scale[..., None]).reshape(weight.shape[0], -1)
+
+
+def int_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+) -> torch.Tensor:
+    """y = x @ ((q - z) * s)^T + bias, fp32 accumulation, in the dtype of x. x [..., in] -> [..., out]."""
+    decoded = dequantize_weight(weight, scale, zero_point, bits)
+    return F.linear(x.float(), decoded, None if bias is None else bias.float()).to(x.dtype)
+
+
+def int_linear_backward(
+    grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """grad_x = grad @ ((q - z) * s), fp32 accumulation, in the dtype of grad. grad [..., out] -> [..., in]."""
+    return (grad.float() @ dequantize_weight(weight, scale, zero_point, bits)).to(grad.dtype)
+
+
+def int_embedding(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows of the decoded weight: indices [...] int64 -> [..., in] in `dtype`; only those rows are read."""
+    rows = indices.reshape(-1)
+    rows_zero_point = None if zero_point is None else zero_point[rows]
+    decoded = dequantize_weight(weight[rows], scale[rows], rows_zero_point, bits)
+    return decoded.reshape(*indices.shape, -1).to(dtype)

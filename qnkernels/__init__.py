@@ -1,8 +1,27 @@
 """Training with quantization noise and extreme compression for PyTorch."""
 
-from . import functional
+from . import functional, nn
 from .backends import BackendUnavailable, backend
+from .checkpoint import compressed_size, load_compressed, save_compressed
+from .product import ProductNoiseConfig
+from .ptq import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+from .quantize import quantize_, remove_noise_
+from .scalar import ScalarNoiseConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendUnavailable", "backend", "functional"]
+__all__ = [
+    "BackendUnavailable",
+    "Int4WeightOnlyConfig",
+    "Int8WeightOnlyConfig",
+    "ProductNoiseConfig",
+    "ScalarNoiseConfig",
+    "backend",
+    "compressed_size",
+    "functional",
+    "load_compressed",
+    "nn",
+    "quantize_",
+    "remove_noise_",
+    "save_compressed",
+]

@@ -1,0 +1,19 @@
+"""Layers: state, shapes and forwards, no maths."""
+
+from .int_embedding import IntEmbedding
+from .int_linear import Int4Linear, Int8Linear, IntLinear
+from .noise import ActivationNoise, BlockNoise, ScalarNoise
+from .noisy import NoisyConv2d, NoisyEmbedding, NoisyLinear
+
+__all__ = [
+    "ActivationNoise",
+    "BlockNoise",
+    "Int4Linear",
+    "Int8Linear",
+    "IntEmbedding",
+    "IntLinear",
+    "NoisyConv2d",
+    "NoisyEmbedding",
+    "NoisyLinear",
+    "ScalarNoise",
+]

@@ -82,7 +82,7 @@ def _histogram(
     """Counts [rows, bins] as float64 and bin centres [rows, bins] of each row of elements [rows, n]."""
     width = (high - low) / HISTOGRAM_BINS
     width = torch.where(width > 0, width, torch.ones_like(width))[:, None]
-    index = ((elements - low[:, None]) / width).clamp(0, HISTOGRAM_BINS - 1).long()
+    index = ((elements - low[:, None]) / width).nan_to_num(0.0).clamp(0, HISTOGRAM_BINS - 1).long()
     counts = torch.zeros(len(low), HISTOGRAM_BINS, dtype=torch.float64, device=low.device)
     counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
     return counts, low[:, None] + (torch.arange(HISTOGRAM_BINS, device=low.device) + 0.5) * width

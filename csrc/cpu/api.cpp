@@ -1,0 +1,106 @@
+// The C ABI of the CPU library: each call goes to the kernel of the active instruction set.
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace qnk {
+namespace portable {
+QNK_CPU_KERNELS(QNK_DECLARE_KERNEL)
+}
+#if defined(QNK_X86)
+namespace avx2 {
+QNK_CPU_KERNELS(QNK_DECLARE_KERNEL)
+}
+namespace avx512 {
+QNK_CPU_KERNELS(QNK_DECLARE_KERNEL)
+}
+namespace amx {
+QNK_CPU_KERNELS(QNK_DECLARE_KERNEL)
+}
+#endif
+
+namespace {
+
+struct Table {
+#define QNK_MEMBER(name) decltype(&qnk_cpu_##name) name;
+    QNK_CPU_KERNELS(QNK_MEMBER)
+};
+
+const Table& table() {
+#define QNK_ENTRY_portable(name) &portable::name,
+#define QNK_ENTRY_avx2(name) &avx2::name,
+#define QNK_ENTRY_avx512(name) &avx512::name,
+#define QNK_ENTRY_amx(name) &amx::name,
+    static const Table tables[] = {
+        {QNK_CPU_KERNELS(QNK_ENTRY_portable)},
+#if defined(QNK_X86)
+        {QNK_CPU_KERNELS(QNK_ENTRY_avx2)},
+        {QNK_CPU_KERNELS(QNK_ENTRY_avx512)},
+        {QNK_CPU_KERNELS(QNK_ENTRY_amx)},
+#endif
+    };
+    return tables[static_cast<int>(active_isa())];
+}
+
+}  // namespace
+}  // namespace qnk
+
+using qnk::table;
+
+const char* qnk_cpu_isa(void) { return qnk::isa_name(qnk::active_isa()); }
+
+const char* qnk_cpu_isa_detected(void) { return qnk::isa_name(qnk::detect_isa()); }
+
+int qnk_cpu_threads(void) { return qnk::max_threads(); }
+
+int qnk_cpu_has_openmp(void) { return qnk::has_openmp(); }
+
+int qnk_cpu_minmax(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner, float* low,
+                   float* high) {
+    return table().minmax(x, dtype, outer, channels, inner, low, high);
+}
+
+int qnk_cpu_histogram_range(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
+                            const int64_t* bits, float* low, float* high) {
+    return table().histogram_range(x, dtype, outer, channels, inner, bits, low, high);
+}
+
+int qnk_cpu_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n, const float* scale,
+                          const float* zero_point, int64_t channels, int64_t inner, const int64_t* bits,
+                          int32_t threshold, const int64_t* seed) {
+    return table().fake_quantize(x, x_dtype, y, y_dtype, n, scale, zero_point, channels, inner, bits, threshold,
+                                 seed);
+}
+
+int qnk_cpu_fake_quantize_backward(const void* grad, int grad_dtype, const void* x, void* grad_x, int x_dtype,
+                                   int64_t n, const float* scale, const float* zero_point, int64_t channels,
+                                   int64_t inner, const int64_t* bits, int32_t threshold,
+                                   const int64_t* seed) {
+    return table().fake_quantize_backward(grad, grad_dtype, x, grad_x, x_dtype, n, scale, zero_point, channels,
+                                          inner, bits, threshold, seed);
+}
+
+int qnk_cpu_block_noise(const void* weight, int weight_dtype, void* out, int out_dtype, int64_t n_blocks,
+                        int64_t block_size, int kind, float factor, int32_t threshold, const int64_t* seed) {
+    return table().block_noise(weight, weight_dtype, out, out_dtype, n_blocks, block_size, kind, factor,
+                               threshold, seed);
+}
+
+int qnk_cpu_int_linear(const void* x, int dtype, const uint8_t* weight, const float* scale,
+                       const uint8_t* zero_point, const float* bias, void* y, int64_t m, int64_t n, int64_t k,
+                       int64_t groups, int bits) {
+    return table().int_linear(x, dtype, weight, scale, zero_point, bias, y, m, n, k, groups, bits);
+}
+
+int qnk_cpu_int_linear_backward(const void* grad, int dtype, const uint8_t* weight, const float* scale,
+                                const uint8_t* zero_point, void* grad_x, int64_t m, int64_t n, int64_t k,
+                                int64_t groups, int bits) {
+    return table().int_linear_backward(grad, dtype, weight, scale, zero_point, grad_x, m, n, k, groups, bits);
+}
+
+int qnk_cpu_int_embedding(const int64_t* indices, int64_t count, const uint8_t* weight, const float* scale,
+                          const uint8_t* zero_point, void* out, int out_dtype, int64_t rows, int64_t k,
+                          int64_t groups, int bits) {
+    return table().int_embedding(indices, count, weight, scale, zero_point, out, out_dtype, rows, k, groups,
+                                 bits);
+}

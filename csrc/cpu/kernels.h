@@ -1,0 +1,16 @@
+// The kernels of one instruction set: functions of the C ABI, less their prefix, in namespace qnk::<isa>.
+#pragma once
+
+#include "qnkernels.h"
+
+#define QNK_CPU_KERNELS(X)                                                                             \
+    X(minmax)                                                                                          \
+    X(histogram_range)                                                                                 \
+    X(fake_quantize)                                                                                   \
+    X(fake_quantize_backward)                                                                          \
+    X(block_noise)                                                                                     \
+    X(int_linear)                                                                                      \
+    X(int_linear_backward)                                                                             \
+    X(int_embedding)
+
+#define QNK_DECLARE_KERNEL(name) decltype(qnk_cpu_##name) name;

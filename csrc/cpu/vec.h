@@ -1,0 +1,238 @@
+// A vector of fp32 in the width of the instruction set being compiled, loaded from and stored to any dtype.
+//
+// Comparisons with NaN are false, min and max return their second argument then: clamp(v) = min(top, max(0, v))
+// keeps NaN. A Mask has one bit a lane.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/philox.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace qnk {
+inline namespace QNK_ISA {
+
+#if defined(__AVX512F__)
+
+constexpr int kLanes = 16;
+using Mask = __mmask16;
+
+struct Vec {
+    __m512 v;
+};
+
+inline Vec splat(float value) { return {_mm512_set1_ps(value)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
+inline Vec select(Mask mask, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v, mask, yes.v)}; }
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float min_of(Vec a) { return _mm512_reduce_min_ps(a.v); }
+inline float max_of(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline Mask first_lanes(int count) { return static_cast<Mask>((1u << count) - 1u); }
+
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const bf16* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+inline Vec load(const f16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline Vec load(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
+}
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store(bf16* p, Vec a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i kept = _mm512_mask_mov_epi32(rounded, is_nan(a), quiet);
+    const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+inline void store(f16* p, Vec a) {
+    const __m256i half = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+
+#elif defined(__AVX2__)
+
+constexpr int kLanes = 8;
+using Mask = uint32_t;
+
+struct Vec {
+    __m256 v;
+};
+
+inline Vec splat(float value) { return {_mm256_set1_ps(value)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Mask less(Vec a, Vec b) {
+    return static_cast<Mask>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)));
+}
+inline Mask is_nan(Vec a) {
+    return static_cast<Mask>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
+}
+inline Vec select(Mask mask, Vec yes, Vec no) {
+    const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i bits = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), lane_bit);
+    return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(bits, lane_bit)))};
+}
+template <typename Op>
+inline float fold(Vec a, Op op) {
+    alignas(32) float lane[8];
+    _mm256_store_ps(lane, a.v);
+    for (int width = 4; width; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] = op(lane[i], lane[i + width]);
+    return lane[0];
+}
+inline Mask first_lanes(int count) { return (1u << count) - 1u; }
+
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load(const bf16* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+}
+inline Vec load(const f16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Vec load(const uint8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))};
+}
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store(bf16* p, Vec a) {
+    alignas(32) float lane[8];
+    _mm256_store_ps(lane, a.v);
+    for (int i = 0; i < 8; ++i) p[i] = from_float<bf16>(lane[i]);
+}
+inline void store(f16* p, Vec a) {
+    const __m128i half = _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+}
+
+#else
+
+constexpr int kLanes = 8;
+using Mask = uint32_t;
+
+struct Vec {
+    float v[8];
+};
+
+template <typename Op>
+inline Vec lanewise(Op op) {
+    Vec result;
+    for (int i = 0; i < 8; ++i) result.v[i] = op(i);
+    return result;
+}
+template <typename Op>
+inline Mask mask_of(Op op) {
+    Mask mask = 0;
+    for (int i = 0; i < 8; ++i) mask |= static_cast<Mask>(op(i)) << i;
+    return mask;
+}
+inline Vec splat(float value) {
+    return lanewise([&](int) { return value; });
+}
+inline Vec operator+(Vec a, Vec b) {
+    return lanewise([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Vec operator-(Vec a, Vec b) {
+    return lanewise([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Vec operator*(Vec a, Vec b) {
+    return lanewise([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Vec operator/(Vec a, Vec b) {
+    return lanewise([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec min(Vec a, Vec b) {
+    return lanewise([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec max(Vec a, Vec b) {
+    return lanewise([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Mask less(Vec a, Vec b) {
+    return mask_of([&](int i) { return a.v[i] < b.v[i]; });
+}
+inline Mask is_nan(Vec a) {
+    return mask_of([&](int i) { return a.v[i] != a.v[i]; });
+}
+inline Vec select(Mask mask, Vec yes, Vec no) {
+    return lanewise([&](int i) { return (mask >> i) & 1u ? yes.v[i] : no.v[i]; });
+}
+template <typename Op>
+inline float fold(Vec a, Op op) {
+    for (int width = 4; width; width /= 2)
+        for (int i = 0; i < width; ++i) a.v[i] = op(a.v[i], a.v[i + width]);
+    return a.v[0];
+}
+inline Mask first_lanes(int count) { return (1u << count) - 1u; }
+
+inline Vec load(const uint8_t* p) {
+    return lanewise([&](int i) { return static_cast<float>(p[i]); });
+}
+template <typename T>
+inline Vec load(const T* p) {
+    return lanewise([&](int i) { return to_float(p[i]); });
+}
+template <typename T>
+inline void store(T* p, Vec a) {
+    for (int i = 0; i < 8; ++i) p[i] = from_float<T>(a.v[i]);
+}
+
+#endif
+
+#if !defined(__AVX512F__)
+inline float sum(Vec a) {
+    return fold(a, [](float p, float q) { return p + q; });
+}
+inline float min_of(Vec a) {
+    return fold(a, [](float p, float q) { return p < q ? p : q; });
+}
+inline float max_of(Vec a) {
+    return fold(a, [](float p, float q) { return p > q ? p : q; });
+}
+#endif
+
+// The first `count` < kLanes values; the other lanes are 0.
+template <typename T>
+inline Vec load_first(const T* p, int count) {
+    T buffer[kLanes] = {};
+    for (int i = 0; i < count; ++i) buffer[i] = p[i];
+    return load(buffer);
+}
+
+template <typename T>
+inline void store_first(T* p, Vec a, int count) {
+    T buffer[kLanes];
+    store(buffer, a);
+    for (int i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+// Nearest integer of 0 <= v < 2^22, ties to even; NaN stays NaN.
+inline Vec round_even(Vec v) {
+    const Vec magic = splat(12582912.0f);
+    return (v + magic) - magic;
+}
+
+}  // namespace QNK_ISA
+}  // namespace qnk

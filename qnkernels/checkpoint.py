@@ -9,6 +9,7 @@ from torch import nn
 
 from . import container
 from .layers import naming
+from .nn.encoder import choose_encoder_path_
 from .nn.packed import PackedLayer, become_
 from .ops.checks import fail
 from .specification import LayerSpec
@@ -65,6 +66,7 @@ def load_compressed(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         layer = modules[name]
         become_(layer, spec.build(file.buffers(name, layer.weight.device), layer))
     _fill(model, file)
+    choose_encoder_path_(model)
     return model
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .nn.encoder import choose_encoder_path_
 from .nn.noisy import NoisyLayer, remove_noise_from_
 from .product import ProductNoiseConfig
 from .ptq import Int4WeightOnlyConfig, Int8WeightOnlyConfig
@@ -21,8 +22,8 @@ def quantize_(
     Only nn.Linear, nn.Embedding, nn.Conv2d (where the config has a use for them) and their noisy forms
     are turned, not other subclasses of them, and only those for which `filter_fn(module, name)` is true.
     A noisy layer takes the new config. Parameters, ties, hooks and references to a layer stay.
-    All layers are checked before any is changed. Raises ValueError or TypeError naming the layer; warns
-    if there is no layer to turn.
+    nn.MultiheadAttention computes with its weights itself and stays as it is. All layers are checked
+    before any is changed. Raises ValueError or TypeError naming the layer; warns if there is none to turn.
     """
     if not isinstance(config, Config):
         raise TypeError(f"config: expected one of the config classes of qnkernels, got {config!r}")
@@ -36,6 +37,7 @@ def quantize_(
         warnings.warn(message, stacklevel=2)
     for step in config.plan(layers):
         step()
+    choose_encoder_path_(model)
     return model
 
 
@@ -44,4 +46,5 @@ def remove_noise_(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, NoisyLayer):
             remove_noise_from_(module)
+    choose_encoder_path_(model)
     return model

@@ -64,7 +64,10 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 def in_recomputation() -> bool:
     """Whether a backward pass is running: activation checkpointing then repeats a forward.
 
-    The repeated forward must see the range that the first one left, and must not be counted again.
+    The repeated forward must see the range that the first one left, and must not be counted again. Under
+    torch.compile there is no second forward to tell: torch repeats the compiled operations from the state
+    as it is by then. The noise is the same there too; the range is, unless an observation is due in the
+    next forward or is averaged ("ema_minmax"): then the gradient is that of the range after it.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

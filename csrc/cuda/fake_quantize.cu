@@ -1,0 +1,141 @@
+// Scalar quantization noise, one pass: y = (clamp(round(x / s + z), 0, 2^bits - 1) - z) * s where noised.
+//
+// A thread owns 8 consecutive elements: one Philox call, 16-byte loads and stores. Floor: bytes of x plus bytes
+// of y over the copy bandwidth; about 250 instructions a thread, 31 an element.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "common/affine.h"
+#include "cuda/status.h"
+
+namespace qnk {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T>
+struct alignas(sizeof(T) * kDrawsPerCall) Pack {  // at most 32 bytes: two 16-byte accesses
+    T value[kDrawsPerCall];
+};
+
+__device__ float widen(float x) { return x; }
+__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float widen(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ T narrow(float x);
+template <>
+__device__ float narrow<float>(float x) {
+    return x;
+}
+template <>
+__device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __half narrow<__half>(float x) {
+    return __float2half_rn(x);
+}
+
+struct Arguments {
+    int64_t n;
+    const float* scale;       // [channels]
+    const float* zero_point;  // [channels]
+    int64_t channels, inner;  // element i has parameter (i / inner) % channels
+    const int64_t* bits;      // 0-d
+    const int64_t* seed;      // 0-d
+    uint32_t threshold;       // 0 to 65536
+};
+
+// Aligned: x and y allow whole-pack accesses. Shared: the 8 elements of a thread have one scale.
+template <typename In, typename Out, bool Aligned, bool Shared>
+__global__ void __launch_bounds__(kThreads) fake_quantize_kernel(const In* __restrict__ x, Out* __restrict__ y,
+                                                                 Arguments a) {
+    const int64_t call = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t first = call * kDrawsPerCall;
+    if (first >= a.n) return;
+    const int64_t rest = a.n - first;
+    const int count = rest < kDrawsPerCall ? static_cast<int>(rest) : kDrawsPerCall;
+
+    Pack<In> in;
+    if (Aligned && count == kDrawsPerCall) {
+        in = *reinterpret_cast<const Pack<In>*>(x + first);
+    } else {
+#pragma unroll
+        for (int j = 0; j < kDrawsPerCall; ++j) in.value[j] = j < count ? x[first + j] : narrow<In>(0.0f);
+    }
+    const float top = top_code(*a.bits);
+    const uint32_t noised = a.threshold == 0        ? 0u
+                            : a.threshold >= 65536u ? 0xffu
+                                                    : noise_bits(call, *a.seed, a.threshold);
+    int64_t channel = first / a.inner % a.channels;
+    int64_t left = a.inner - first % a.inner;  // elements before the next scale
+    float s = a.scale[channel], z = a.zero_point[channel];
+
+    Pack<Out> out;
+#pragma unroll
+    for (int j = 0; j < kDrawsPerCall; ++j) {
+        if (!Shared && left-- == 0) {
+            channel = channel + 1 == a.channels ? 0 : channel + 1;
+            s = a.scale[channel];
+            z = a.zero_point[channel];
+            left = a.inner - 1;
+        }
+        const float value = widen(in.value[j]);
+        out.value[j] = narrow<Out>((noised >> j) & 1u ? fake_quantize_value(value, s, z, top) : value);
+    }
+    if (Aligned && count == kDrawsPerCall) {
+        *reinterpret_cast<Pack<Out>*>(y + first) = out;
+    } else {
+#pragma unroll
+        for (int j = 0; j < kDrawsPerCall; ++j)
+            if (j < count) y[first + j] = out.value[j];
+    }
+}
+
+template <typename In, typename Out>
+int launch(const void* x, void* y, const Arguments& a, cudaStream_t stream) {
+    const In* in = static_cast<const In*>(x);
+    Out* out = static_cast<Out*>(y);
+    const bool aligned = reinterpret_cast<uintptr_t>(x) % alignof(Pack<In>) == 0 &&
+                         reinterpret_cast<uintptr_t>(y) % alignof(Pack<Out>) == 0;
+    const bool shared = a.channels == 1 || a.inner % kDrawsPerCall == 0;
+    const int64_t calls = (a.n + kDrawsPerCall - 1) / kDrawsPerCall;
+    const unsigned blocks = static_cast<unsigned>((calls + kThreads - 1) / kThreads);
+    if (blocks == 0) return QNK_OK;
+    if (aligned && shared)
+        fake_quantize_kernel<In, Out, true, true><<<blocks, kThreads, 0, stream>>>(in, out, a);
+    else if (aligned)
+        fake_quantize_kernel<In, Out, true, false><<<blocks, kThreads, 0, stream>>>(in, out, a);
+    else
+        fake_quantize_kernel<In, Out, false, false><<<blocks, kThreads, 0, stream>>>(in, out, a);
+    return cuda_status(cudaGetLastError());
+}
+
+template <typename In>
+int launch_to(int y_dtype, const void* x, void* y, const Arguments& a, cudaStream_t stream) {
+    switch (y_dtype) {
+        case QNK_F32: return launch<In, float>(x, y, a, stream);
+        case QNK_BF16: return launch<In, __nv_bfloat16>(x, y, a, stream);
+        case QNK_F16: return launch<In, __half>(x, y, a, stream);
+        default: return QNK_BAD_DTYPE;
+    }
+}
+
+}  // namespace
+}  // namespace qnk
+
+int qnk_cuda_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n, const float* scale,
+                           const float* zero_point, int64_t channels, int64_t inner, const int64_t* bits,
+                           int32_t threshold, const int64_t* seed, void* stream) {
+    const qnk::Arguments a{n,    scale, zero_point, channels, inner > 0 ? inner : 1, bits, seed,
+                           static_cast<uint32_t>(threshold)};
+    cudaStream_t on = static_cast<cudaStream_t>(stream);
+    switch (x_dtype) {
+        case QNK_F32: return qnk::launch_to<float>(y_dtype, x, y, a, on);
+        case QNK_BF16: return qnk::launch_to<__nv_bfloat16>(y_dtype, x, y, a, on);
+        case QNK_F16: return qnk::launch_to<__half>(y_dtype, x, y, a, on);
+        default: return QNK_BAD_DTYPE;
+    }
+}

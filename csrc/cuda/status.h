@@ -1,0 +1,13 @@
+// Turning CUDA's errors into statuses of the C ABI.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "qnkernels.h"
+
+namespace qnk {
+
+// QNK_OK, or QNK_CUDA_ERROR with the error kept for qnk_cuda_last_error of this thread.
+int cuda_status(cudaError_t error);
+
+}  // namespace qnk

@@ -26,7 +26,7 @@ def write(path: str | os.PathLike, tensors: dict[str, torch.Tensor], specificati
         raise IsADirectoryError(f"path: expected a file to write, got the directory {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: expected an existing folder, got {path.parent}")
-    text = json.dumps(specification, sort_keys=True)
+    text = json.dumps(specification)
     metadata = {"format": FORMAT, "version": VERSION, "specification": text, "sha256": digest(text, tensors)}
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
@@ -57,7 +57,8 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_metadata(path, metadata)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # copies, since the tensors of safe_open are the file itself, mapped, whatever becomes of it
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({error})") from error
     text = metadata["specification"]

@@ -204,7 +204,7 @@ def test_bad_weights_name_the_layer(config):
         qnk.quantize_(model, config)
     model[1] = nn.Linear(4, 4).double()
     with pytest.raises(
-        TypeError, match="layer '1': weight: expected float32, bfloat16 or float16, got torch.float64"
+        TypeError, match=r"layer '1': weight: expected float32, bfloat16 or float16, got torch.float64"
     ):
         qnk.quantize_(model, config)
     assert type(model[0]) is nn.Linear

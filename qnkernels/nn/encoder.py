@@ -1,4 +1,4 @@
-"""nn.TransformerEncoder: in eval torch may run a whole layer as one fused op, past its children's forwards."""
+"""nn.TransformerEncoder: in eval torch may run a layer as one fused op, past its children's forwards."""
 
 from torch import nn
 

@@ -60,9 +60,9 @@ def test_deepcopy_and_repr():
 
 
 def test_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="max_norm: expected None, since .*, got 1.0"):
+    with pytest.raises(ValueError, match=r"max_norm: expected None, since .*, got 1.0"):
         IntEmbedding.from_embedding(nn.Embedding(5, 4, max_norm=1.0))
-    with pytest.raises(ValueError, match="max_norm: expected None, since .*, got 1.0"):
+    with pytest.raises(ValueError, match=r"max_norm: expected None, since .*, got 1.0"):
         NoisyEmbedding.from_embedding(nn.Embedding(5, 4, max_norm=1.0))
-    with pytest.raises(ValueError, match="sparse: expected False, since .*, got True"):
+    with pytest.raises(ValueError, match=r"sparse: expected False, since .*, got True"):
         NoisyEmbedding.from_embedding(nn.Embedding(5, 4, sparse=True))

@@ -178,5 +178,5 @@ def test_refuses_a_weight_that_cannot_be_quantized():
         linear.weight[1, 2] = float("inf")
     with pytest.raises(ValueError, match="weight: expected finite values, got 1 of 16 NaN or infinite"):
         Int8Linear.from_linear(linear)
-    with pytest.raises(TypeError, match="weight: expected float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(TypeError, match=r"weight: expected float32, bfloat16 or float16, got torch.float64"):
         Int8Linear.from_linear(linear.double())

@@ -32,7 +32,9 @@ class BuildNative(build_ext):
             sys.exit(f"QNKERNELS_CUDA: expected auto, on or off, got {cuda!r}.")
         cmake = find_program("cmake")
         if cmake is None:
-            sys.exit("qnkernels needs CMake 3.24 or newer to build: run `pip install cmake ninja` and try again.")
+            sys.exit(
+                "qnkernels needs CMake 3.24 or newer to build: run `pip install cmake ninja` and try again."
+            )
         if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
             sys.exit(
                 "qnkernels needs a C++17 compiler to build: install g++ or clang++ "

@@ -19,7 +19,9 @@ __all__ = [
 MIN_BITS, MAX_BITS = 2, 16
 
 
-def _integer(argument: str, value: int | torch.Tensor, low: int, high: int, device: torch.device) -> torch.Tensor:
+def _integer(
+    argument: str, value: int | torch.Tensor, low: int, high: int, device: torch.device
+) -> torch.Tensor:
     """A 0-d int64 tensor on `device`; a plain integer must lie in [low, high]."""
     if isinstance(value, torch.Tensor):
         return value
@@ -166,7 +168,7 @@ def int_embedding(
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Rows of a packed integer table: indices [...] int64 -> [..., in] in `dtype`; arguments as int_linear."""
+    """Rows of a packed integer table: indices [...] int64 -> [..., in] in `dtype`, else as int_linear."""
     scale, zero_point = _per_row(scale), None if zero_point is None else _per_row(zero_point)
     _check_groups(weight, scale, bits, group_size)
     return torch.ops.qnkernels.int_embedding(indices, weight, scale, zero_point, bits, dtype)

@@ -48,7 +48,9 @@ def _select(op: str, device_type: str, forced: str | None) -> Callable:
     if forced is not None:
         available = kernels(forced)
         if op not in available:
-            raise BackendUnavailable(f"backend {forced!r} has no kernel for {op!r}; leave it unforced for this op")
+            raise BackendUnavailable(
+                f"backend {forced!r} has no kernel for {op!r}; leave it unforced for this op"
+            )
         return available[op]
     reasons = []
     for name in PREFERENCE.get(device_type, ()):
@@ -58,7 +60,9 @@ def _select(op: str, device_type: str, forced: str | None) -> Callable:
         elif op in loaded:
             return loaded[op]
     why = "; ".join(reasons) or f"no backend has a kernel for {device_type} tensors"
-    warnings.warn(f"{op} on {device_type} falls back to the slow reference ({why})", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"{op} on {device_type} falls back to the slow reference ({why})", RuntimeWarning, stacklevel=2
+    )
     return kernels("reference")[op]
 
 

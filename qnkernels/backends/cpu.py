@@ -63,13 +63,18 @@ class CpuKernels:
         raise_for_status(status)
         return y
 
-    def fake_quantize_backward(
-        self, grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None
-    ):
+    def fake_quantize_backward(self, grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None):
         grad_x = torch.empty_like(x)
         _, channels, inner = layout(x, axis, group_size)
         status = self._c["fake_quantize_backward"](
-            *(grad.data_ptr(), DTYPES[grad.dtype], x.data_ptr(), grad_x.data_ptr(), DTYPES[x.dtype], x.numel()),
+            *(
+                grad.data_ptr(),
+                DTYPES[grad.dtype],
+                x.data_ptr(),
+                grad_x.data_ptr(),
+                DTYPES[x.dtype],
+                x.numel(),
+            ),
             *(scale.data_ptr(), zero_point.data_ptr(), channels, inner),
             *(bits.data_ptr(), threshold(p), seed.data_ptr()),
         )

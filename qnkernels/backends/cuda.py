@@ -16,7 +16,9 @@ def load() -> dict[str, Callable]:
     library = open_library("cuda")
     functions = declare(library, "cuda", CUDA_ARGTYPES)
     if not torch.cuda.is_available():
-        raise BackendUnavailable("torch sees no CUDA device; install a CUDA build of torch on a machine with a GPU")
+        raise BackendUnavailable(
+            "torch sees no CUDA device; install a CUDA build of torch on a machine with a GPU"
+        )
     library.qnk_cuda_last_error.restype = ctypes.c_char_p
     kernels = CudaKernels(functions, library.qnk_cuda_last_error)
     return {name: getattr(kernels, name) for name in CUDA_ARGTYPES}

@@ -13,7 +13,20 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NOISE_KINDS = {"zero": 0, "mean": 1}
 
 POINTER, SIZE, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_FAKE_QUANTIZE = [POINTER, INT, POINTER, INT, SIZE, POINTER, POINTER, SIZE, SIZE, POINTER, ctypes.c_int32, POINTER]
+_FAKE_QUANTIZE = [
+    POINTER,
+    INT,
+    POINTER,
+    INT,
+    SIZE,
+    POINTER,
+    POINTER,
+    SIZE,
+    SIZE,
+    POINTER,
+    ctypes.c_int32,
+    POINTER,
+]
 
 CPU_ARGTYPES = {
     "minmax": [POINTER, INT, SIZE, SIZE, SIZE, POINTER, POINTER],
@@ -53,7 +66,9 @@ def open_library(name: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BackendUnavailable(f"{path.name} does not load ({error}); rebuild it with `pip install .`") from error
+        raise BackendUnavailable(
+            f"{path.name} does not load ({error}); rebuild it with `pip install .`"
+        ) from error
 
 
 def declare(library: ctypes.CDLL, prefix: str, argtypes: dict[str, list]) -> dict:

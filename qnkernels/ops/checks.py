@@ -51,7 +51,9 @@ def parameter_shape(shape: torch.Size, axis: int | None, group_size: int | None)
     return ()
 
 
-def check_parameter(argument: str, value: torch.Tensor, x: torch.Tensor, axis: int | None, group_size: int | None):
+def check_parameter(
+    argument: str, value: torch.Tensor, x: torch.Tensor, axis: int | None, group_size: int | None
+):
     """A scale, zero point or bound of x: fp32, on its device, of the right shape."""
     check_dtype(argument, value, torch.float32)
     check_same_device(argument, value, x.device)

@@ -90,7 +90,7 @@ def int_linear_backward(grad, weight, scale, zero_point, bits):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, scale, zero_point, bias, bits = inputs
+    _x, weight, scale, zero_point, bias, bits = inputs
     ctx.save_for_backward(weight, scale, zero_point)
     ctx.bits = bits
     ctx.bias_dtype = None if bias is None else bias.dtype

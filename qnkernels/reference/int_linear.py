@@ -38,9 +38,11 @@ def dequantize_weight(
 
     Without a zero point z = 2^(bits - 1).
     """
-    codes = unpack(weight, bits).float().reshape(*scale.shape, -1)
+    codes = unpack(weight, bits).float()
+    columns = codes.shape[1]
+    codes = codes.reshape(*scale.shape, columns // scale.shape[1])
     z = 2.0 ** (bits - 1) if zero_point is None else zero_point.float()[..., None]
-    return ((codes - z) * scale[..., None]).reshape(weight.shape[0], -1)
+    return ((codes - z) * scale[..., None]).reshape(weight.shape[0], columns)
 
 
 def int_linear(
@@ -59,7 +61,7 @@ def int_linear(
 def int_linear_backward(
     grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """grad_x = grad @ ((q - z) * s), fp32 accumulation, in the dtype of grad. grad [..., out] -> [..., in]."""
+    """grad_x = grad @ ((q - z) * s), fp32 sums, in the dtype of grad. grad [..., out] -> [..., in]."""
     return (grad.float() @ dequantize_weight(weight, scale, zero_point, bits)).to(grad.dtype)
 
 
@@ -75,4 +77,4 @@ def int_embedding(
     rows = indices.reshape(-1)
     rows_zero_point = None if zero_point is None else zero_point[rows]
     decoded = dequantize_weight(weight[rows], scale[rows], rows_zero_point, bits)
-    return decoded.reshape(*indices.shape, -1).to(dtype)
+    return decoded.reshape(*indices.shape, decoded.shape[1]).to(dtype)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from numeric import DTYPES, SHAPES, assert_identical, integer, layouts, random_seed
 
 import qnkernels as qnk
 from qnkernels import functional as F
 from qnkernels.backends import kernels
 from qnkernels.reference.philox import noise_mask
-from numeric import DTYPES, SHAPES, assert_identical, integer, layouts, random_seed
 
 
 def case(shape, dtype, axis, group_size, bits, generator):
@@ -114,7 +114,7 @@ def test_straight_through_gradient():
         y = F.fake_quantize(x, 0.5, 2.0, bits=4, p=p, seed=17)
         weight = torch.randn_like(x)
         (grad,) = torch.autograd.grad(y, x, weight)
-            outside = (x.detach() < -1.0) | (x.detach() > 6.5)
+        outside = (x.detach() < -1.0) | (x.detach() > 6.5)
         stopped = outside & noise_mask(len(x), p, integer(17))
         assert_identical(grad, torch.where(stopped, torch.zeros_like(weight), weight))
         if p:

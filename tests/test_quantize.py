@@ -120,6 +120,8 @@ def test_weights_are_packed_in_place(config, kind, noisy, tokens):
     bias, calls = model.body[0].bias, []
     model.body[0].register_forward_hook(lambda *_: calls.append(1))
     model.body[0].note = "kept"
+    model.embedding.register_parameter("bias", nn.Parameter(torch.ones(2)))
+    model.head.noise_meter = nn.Identity()
     if noisy:
         qnk.quantize_(model, qnk.ScalarNoiseConfig())
     weights = {
@@ -131,6 +133,8 @@ def test_weights_are_packed_in_place(config, kind, noisy, tokens):
     assert references == [model.embedding, model.body[0], model.head] and model.again is model.body[0]
     assert [type(module) for module in references] == [IntEmbedding, kind, kind]
     assert model.body[0].bias is bias and model.body[0].note == "kept" and not model.head.training
+    assert list(dict(model.embedding.named_parameters())) == ["bias"]
+    assert list(dict(model.head.named_children())) == ["noise_meter"]
     assert "weight" not in dict(model.body[0].named_parameters()) and not list(model.body[0].children())
     step = model.body[0].scale.max()
     assert (model.body[0].weight - weights["body.0"]).abs().max() <= step

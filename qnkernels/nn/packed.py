@@ -11,6 +11,7 @@ from ..ops.checks import fail
 from ..ops.int_linear import BITS
 from ..reference.int_linear import dequantize_weight, pack, quantize_weight
 from .fixed import FixedBuffers
+from .noisy import NoisyLayer, remove_noise_from_
 
 OBSERVERS = ("minmax", "histogram")
 GRANULARITIES = ("channel", "tensor")
@@ -135,11 +136,12 @@ def become_(layer: nn.Module, packed_layer: PackedLayer) -> None:
     """Turn `layer` into `packed_layer` in place, so that references to it, its hooks, its training flag
     and whatever else was attached to it stay.
     """
-    gone = {"weight", "bias", "noise", "activation_noise"}
+    if isinstance(layer, NoisyLayer):
+        remove_noise_from_(layer)
+    del layer._parameters["weight"]
     state = layer.__dict__
     for kind in ("_parameters", "_buffers", "_modules"):
-        attached = {name: value for name, value in state[kind].items() if name not in gone}
-        state[kind] = {**packed_layer.__dict__[kind], **attached}
+        state[kind] = {**state[kind], **packed_layer.__dict__[kind]}
     for name, value in packed_layer.__dict__.items():
         if not name.startswith("_") and name != "training":
             state[name] = value

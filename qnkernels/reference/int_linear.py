@@ -16,7 +16,7 @@ def unpack(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Packed uint8 [out, in * bits / 8] -> codes uint8 [out, in]."""
     if bits == 8:
         return weight
-    return torch.stack((weight & 15, weight >> 4), dim=-1).reshape(weight.shape[0], -1)
+    return torch.stack((weight & 15, weight >> 4), dim=-1).reshape(weight.shape[0], 2 * weight.shape[1])
 
 
 def quantize_weight(

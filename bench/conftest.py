@@ -1,0 +1,123 @@
+"""The suite's pytest plumbing: options, one test per (case, contender), interleaved samples into `benchmark`.
+
+A bench file holds `CASES` and one test that takes `timed`. The first test of a case measures all its
+contenders in turns; each test then replays the samples of its own contender through a clock that shows the
+measured time, so that pytest-benchmark's tables, JSON and comparisons work on interleaved figures.
+"""
+
+import pytest
+import torch
+
+import environment
+from harness import FULL, QUICK, Case, Contender, Measurement, measure
+
+
+class MeasuredClock:
+    """A clock that moves only by measured time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = MeasuredClock()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("qnkernels benchmarks")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
+    group.addoption("--quick", action="store_true", help="the main shapes only, fewer rounds")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device here")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "timed" not in metafunc.fixturenames:
+        return
+    device, quick = metafunc.config.getoption("--device"), metafunc.config.getoption("--quick")
+    params = [
+        pytest.param(
+            (case, contender),
+            id=f"{case.name}-{contender.name}",
+            marks=pytest.mark.benchmark(group=str(case), timer=CLOCK),
+        )
+        for case in metafunc.module.CASES
+        if device in case.devices and (case.quick or not quick)
+        for contender in case.contenders(device)
+    ]
+    metafunc.parametrize("timed", params, indirect=True)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    """The report reads this key; host names and the like, which pytest-benchmark adds, stay in the JSON."""
+    machine_info["measured_on"] = environment.describe(torch.device(config.getoption("--device")))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    modules = {item.module for item in getattr(terminalreporter.config, "bench_items", ())}
+    for name in sorted({name for module in modules for name in getattr(module, "LEFT_OUT", ())}):
+        terminalreporter.write_line(f"left out, not installed: {name}")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.bench_items = session.items
+
+
+@pytest.fixture(scope="session")
+def measurements() -> dict[str, Measurement]:
+    return {}
+
+
+@pytest.fixture
+def timed(
+    request: pytest.FixtureRequest, benchmark, measurements: dict[str, Measurement]
+) -> tuple[Case, Contender, Measurement]:
+    """Measure the case if no test has yet, and hand the contender's samples to `benchmark`."""
+    case, contender = request.param
+    device = request.config.getoption("--device")
+    if str(case) not in measurements:
+        measurements.clear()  # one case's tensors at a time
+        budget = (QUICK if request.config.getoption("--quick") else FULL)[device]
+        measurements[str(case)] = measure(case, torch.device(device), budget)
+    measurement = measurements[str(case)]
+    if contender.name in measurement.failures:
+        benchmark.skipped = True
+        why = f"{contender.name} on {case}: {measurement.failures[contender.name]}"
+        pytest.skip(why) if contender.role == "peer" else pytest.fail(why, pytrace=False)
+    _replay(benchmark, measurement.samples[contender.name].seconds)
+    benchmark.extra_info.update(_facts(case, contender, measurement))
+    return case, contender, measurement
+
+
+def _replay(benchmark, seconds: list[float]) -> None:
+    remaining = iter(seconds)
+
+    def advance() -> None:
+        CLOCK.now += next(remaining)
+
+    benchmark.pedantic(advance, rounds=len(seconds))
+
+
+def _facts(case: Case, contender: Contender, measurement: Measurement) -> dict[str, object]:
+    samples = measurement.samples[contender.name]
+    return {
+        "op": case.op,
+        "case": case.name,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "contender": contender.name,
+        "role": contender.role,
+        "timer": samples.timer,
+        "calls": samples.calls,
+        "moved_bytes": case.moved_bytes,
+        "operations": case.operations,
+        "ceiling": measurement.ceiling,
+        "ratio_to_ceiling": measurement.ratio(contender.name, measurement.ceiling),
+        "target": case.target if contender.role == "ours" else None,
+        "medians": {name: measurement.median(name) for name in measurement.samples},
+    }

@@ -1,0 +1,154 @@
+"""Everything that needs a GPU, in one command: `python bench/gpu_suite.py [--quick] [--only OP]`.
+
+Runs from the source tree of any machine with an NVIDIA GPU, without network or installation: builds the
+libraries if a compiler is there, runs the GPU tests, measures the ceilings and every benchmark, and writes
+bench/results/<gpu>/: one CSV and picture per suite, ops.csv (what passed its tests) and summary.md.
+Failures are listed last and make the exit code 1; without a GPU it is 2.
+"""
+
+import argparse
+import datetime
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+sys.path[:0] = [str(ROOT), str(BENCH)]
+
+import torch  # noqa: E402  (after the source tree is on the path)
+
+import environment  # noqa: E402
+import run  # noqa: E402
+import summary  # noqa: E402
+
+# Suites that time ops of other names, too.
+SUITE_OPS = {"fake_quantize": ("fake_quantize_backward",), "minmax": ("histogram_range",)}
+
+
+class Log:
+    """Steps with their times, and the failures for the end."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.failures: list[tuple[str, str]] = []
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.start:5.0f} s] {text}", flush=True)
+
+    def fail(self, step: str, output: str) -> None:
+        self.say(f"{step}: FAILED")
+        self.failures.append((step, output))
+
+
+def build(log: Log) -> None:
+    """The libraries, in place. Without CMake or a compiler Triton serves every op, and that is said."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode == 0:
+        log.say("built the native libraries")
+        return
+    output = result.stdout + result.stderr
+    reason = (output.strip().splitlines() or ["no output"])[-1]
+    if reason.startswith("qnkernels needs"):  # a tool is missing, which setup.py says in one line
+        log.say(f"not built, Triton serves every op: {reason}")
+    else:
+        log.fail("build", output)
+
+
+def run_tests(log: Log, only: str | None, folder: Path, device: str) -> None:
+    """The tests marked gpu; what passed goes to ops.csv."""
+    with tempfile.TemporaryDirectory() as temporary:
+        report = Path(temporary) / "junit.xml"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/gpu",
+            "-m",
+            "gpu",
+            f"--gpu-device={device}",
+            "--tb=short",
+        ]
+        command += [f"--junitxml={report}", "-o", "junit_family=xunit2", "-p", "no:cacheprovider"]
+        command += ["-k", only] if only else []
+        result = subprocess.run(command, cwd=ROOT, env=run.source_tree_env(), capture_output=True, text=True)
+        output = result.stdout + result.stderr
+        rows = tested_ops(report) if report.exists() else []
+    log.say(f"tests: {output.strip().splitlines()[-1] if output.strip() else 'no output'}")
+    if result.returncode:
+        log.fail("tests", output)
+    if rows:
+        facts = environment.describe(torch.device(device))
+        kept = {name: facts[name] for name in ("device", "commit", "date")}
+        summary.update_tested(folder, [{**row, **kept} for row in rows])
+
+
+def tested_ops(report: Path) -> list[dict]:
+    """Passed and failed tests per (op, backend), from the properties that the tests record."""
+    counts: dict[tuple[str, str], list[int]] = {}
+    for test in ElementTree.parse(report).iter("testcase"):
+        properties = {one.get("name"): one.get("value") for one in test.iter("property")}
+        if "op" not in properties or test.find("skipped") is not None:
+            continue
+        failed = test.find("failure") is not None or test.find("error") is not None
+        counts.setdefault((properties["op"], properties["backend"]), [0, 0])[failed] += 1
+    return [
+        {"op": op, "backend": backend, "passed": passed, "failed": failed}
+        for (op, backend), (passed, failed) in sorted(counts.items())
+    ]
+
+
+def run_benchmarks(log: Log, only: str | None, quick: bool, results: Path, device: str) -> None:
+    for suite in run.SUITES:
+        if only and suite != "ceilings" and only not in (suite, *SUITE_OPS.get(suite, ())):
+            continue
+        outcome = run.run_suite(suite, device, quick)
+        if outcome.rows:
+            path = run.keep(outcome, results)
+            log.say(f"{suite}: {len(outcome.rows)} rows in {path.relative_to(results)}")
+            print(run.table(outcome.rows), *outcome.left_out, sep="\n", flush=True)
+        if outcome.problem or not outcome.rows:
+            log.fail(f"bench_{suite}.py", outcome.problem or "no contender ran")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under 3 minutes: the main shapes, few rounds")
+    parser.add_argument("--only", metavar="OP", help="tests and benchmarks of one op")
+    parser.add_argument("--no-build", action="store_true", help="use the libraries as they are")
+    parser.add_argument(
+        "--summary-only", action="store_true", help="write the summaries from the CSVs there are"
+    )
+    parser.add_argument("--out", type=Path, default=run.RESULTS, help="default: bench/results")
+    # a dry run of the whole chain without a GPU; its figures are those of the processor
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.summary_only:
+        print(*summary.write_summaries(options.out), sep="\n")
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_suite needs an NVIDIA GPU that torch can use, and torch finds none here.", file=sys.stderr)
+        return 2
+    log = Log()
+    device = torch.device(options.device)
+    folder = options.out / environment.folder_name(environment.device_name(device))
+    log.say(f"{environment.device_name(device)}, torch {torch.__version__}, {datetime.date.today()}")
+    if not options.no_build:
+        build(log)
+    run_tests(log, options.only, folder, options.device)
+    run_benchmarks(log, options.only, options.quick, options.out, options.device)
+    for path in summary.write_summaries(options.out, folder if options.quick else None):
+        log.say(f"wrote {path}")
+    for step, output in log.failures:
+        print(f"\n=== FAILED: {step}\n{output}", file=sys.stderr)
+    if log.failures:
+        print(f"\nfailed: {', '.join(step for step, _ in log.failures)}", file=sys.stderr)
+    return 1 if log.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

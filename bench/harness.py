@@ -1,0 +1,280 @@
+"""Interleaved timing: the contenders of a case take turns in one process, so that drift hits them all alike.
+
+A sample is the time of `calls` back-to-back calls over `calls`. On the CPU it is wall time over one set of
+inputs. On a GPU it is time between events on the stream, over a captured graph where the contender can be
+captured (its launches then cost next to nothing), rotating among input sets that together exceed the cache.
+"""
+
+import contextlib
+import functools
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+import qnkernels
+from qnkernels.backends import kernels, serving
+
+ROLES = ("ours", "reference", "peer", "ceiling")
+CACHE_MULTIPLE = 3  # inputs of a rotation, in units of the cache they must not fit in
+MAX_SETS = 64
+MAX_GRAPH_CALLS = 512
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work. `prepare(inputs)` returns the call that is timed."""
+
+    name: str
+    role: str
+    prepare: Callable[[object], Callable[[], object]]
+    backend: str | None = None  # forced while it runs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One group of the suite: an op at one shape, with all its contenders; one of them is the ceiling."""
+
+    op: str
+    name: str
+    shape: str
+    dtype: str
+    moved_bytes: int  # read once + written once
+    operations: int  # multiply-adds count 2; 0 where memory is the only floor
+    inputs: Callable[[torch.device, int], object]  # (device, index of the set)
+    contenders: Callable[[str], list[Contender]]  # (device type); must be cheap, names are read at collection
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    target: float | None = None  # largest accepted ratio of ours to the ceiling
+    quick: bool = False  # part of the short run
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.name}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    rounds: int  # at most, per contender
+    sample_seconds: float  # shortest sample
+    contender_seconds: float  # time a contender may take in all; the slow ones get fewer rounds
+
+    def quota(self, sample_seconds: float) -> int:
+        return max(
+            min(self.rounds, MIN_ROUNDS), min(self.rounds, int(self.contender_seconds / sample_seconds))
+        )
+
+
+MIN_ROUNDS = 5
+FULL = {"cpu": Budget(60, 0.01, 2.0), "cuda": Budget(60, 0.002, 1.0)}
+QUICK = {"cpu": Budget(15, 0.005, 0.5), "cuda": Budget(20, 0.001, 0.2)}
+
+
+@dataclass
+class Samples:
+    calls: int
+    timer: str  # "wall", "graph" or "events"
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Measurement:
+    samples: dict[str, Samples]
+    failures: dict[str, str]  # contender -> why it did not run
+    ceiling: str  # the contender that ratios are taken to
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.samples[name].seconds)
+
+    def ratio(self, name: str, other: str) -> float | None:
+        """Median over median; None where one of the two did not run."""
+        if name not in self.samples or other not in self.samples:
+            return None
+        return self.median(name) / self.median(other)
+
+
+def ours(op: str, device_type: str, prepare: Callable) -> list[Contender]:
+    """The reference and every compiled backend of ours that has the op on this device.
+
+    Triton's interpreter, which is what serves CPU tensors, is for tests and not timed.
+    """
+    names = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}[device_type]
+    found = [Contender(name, "ours", prepare, backend=name) for name in names if has_kernel(name, op)]
+    return [*found, Contender("reference", "reference", prepare, backend="reference")]
+
+
+def served(op: str, device_type: str, prepare: Callable) -> list[Contender]:
+    """As `ours`, where several ops work together: the backend that users get, unforced, and the reference."""
+    name = serving(op, device_type)
+    found = [] if name == "reference" else [Contender(name, "ours", prepare)]
+    return [*found, Contender("reference", "reference", prepare, backend="reference")]
+
+
+def has_kernel(backend: str, op: str) -> bool:
+    try:
+        return op in kernels(backend)
+    except qnkernels.BackendUnavailable:
+        return False
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile for fixed shapes at the first call, with a fresh cache, so that no case meets the
+    recompilation limit."""
+
+    @functools.cache
+    def build() -> Callable:
+        import torch._functorch.config as config
+
+        config.donated_buffer = False  # a benchmark runs one backward graph many times
+        torch._dynamo.reset()
+        return torch.compile(function, dynamic=False)
+
+    return lambda *arguments: build()(*arguments)
+
+
+def turns(names: list[str], round_index: int) -> list[str]:
+    """Order of a round: each pair of rounds starts one later and its second runs backwards, so that nobody
+    always follows the same neighbour."""
+    start = round_index // 2 % len(names)
+    order = names[start:] + names[:start]
+    return order[::-1] if round_index % 2 else order
+
+
+def interleave(samplers: dict[str, Callable[[], float]], quotas: dict[str, int]) -> dict[str, list[float]]:
+    """Seconds per call of each contender, one sample per round until its quota is reached."""
+    seconds: dict[str, list[float]] = {name: [] for name in samplers}
+    for index in range(max(quotas.values(), default=0)):
+        for name in turns(list(samplers), index):
+            if len(seconds[name]) < quotas[name]:
+                seconds[name].append(samplers[name]())
+    return seconds
+
+
+def measure(case: Case, device: torch.device, budget: Budget) -> Measurement:
+    """Prepare every contender of the case, warm it up, and let them take turns."""
+    with _side_stream(device), _no_garbage_collection():
+        inputs = [case.inputs(device, index) for index in range(input_sets(case.moved_bytes, device))]
+        samples, samplers, quotas, failures = {}, {}, {}, {}
+        contenders = case.contenders(device.type)
+        for contender in contenders:
+            # a peer may refuse the device or dtype in any way it likes; the rest of the group goes on
+            try:
+                with _forced(contender.backend):
+                    runs = [contender.prepare(one) for one in inputs]
+                    sample, calls, timer = (_cuda if device.type == "cuda" else _wall)(runs, budget)
+                    longest = max(sample(), sample()) * calls
+            except Exception as error:
+                failures[contender.name] = _in_one_line(error)
+                continue
+            samples[contender.name] = Samples(calls, timer)
+            samplers[contender.name] = _within(contender.backend, sample)
+            quotas[contender.name] = budget.quota(longest)
+        for name, seconds in interleave(samplers, quotas).items():
+            samples[name].seconds = seconds
+    ceiling = next(contender.name for contender in contenders if contender.role == "ceiling")
+    return Measurement(samples, failures, ceiling)
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def input_sets(moved_bytes: int, device: torch.device) -> int:
+    """How many input sets to rotate among, so that a GPU's L2 cannot hold them from one call to the next."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(MAX_SETS, max(1, math.ceil(CACHE_MULTIPLE * cache / max(moved_bytes, 1))))
+
+
+def _wall(runs: list[Callable], budget: Budget) -> tuple[Callable[[], float], int, str]:
+    run = runs[0]
+
+    def timed(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
+
+    timed(1)  # compiles, fills caches
+    calls = max(1, math.ceil(budget.sample_seconds / min(timed(1) for _ in range(3))))
+    return lambda: timed(calls), calls, "wall"
+
+
+def _cuda(runs: list[Callable], budget: Budget) -> tuple[Callable[[], float], int, str]:
+    kept: list[object] = [None] * len(runs)
+
+    def work(calls: int) -> None:
+        for index in range(calls):
+            kept[index % len(runs)] = runs[index % len(runs)]()  # outputs rotate, too
+
+    work(max(3, len(runs)))
+    once = _between_events(lambda: work(len(runs))) / len(runs)
+    calls = len(runs) * max(1, math.ceil(budget.sample_seconds / once / len(runs)))
+    graph = _capture(lambda: work(min(calls, MAX_GRAPH_CALLS)))
+    if graph is None:
+        return lambda: _between_events(lambda: work(calls)) / calls, calls, "events"
+    calls = min(calls, MAX_GRAPH_CALLS)
+    return lambda: _between_events(graph.replay) / calls, calls, "graph"
+
+
+def _between_events(work: Callable[[], None]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _capture(work: Callable[[], None]) -> "torch.cuda.CUDAGraph | None":
+    """A graph of the work, or None where it cannot be captured (it waits for the device, say)."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            work()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _within(backend: str | None, sample: Callable[[], float]) -> Callable[[], float]:
+    def forced_sample() -> float:
+        with _forced(backend):
+            return sample()
+
+    return forced_sample
+
+
+def _forced(backend: str | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if backend is None else qnkernels.backend(backend)
+
+
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """Everything on one stream that is not the default one: a graph can be captured from it."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+    torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,101 @@
+"""From pytest-benchmark's JSON to CSV rows, and rows to a table of text."""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from environment import FIELDS
+
+COLUMNS = (
+    *("op", "case", "shape", "dtype", "contender", "role"),
+    *("median_s", "q1_s", "q3_s", "min_s", "rounds", "calls", "timer"),
+    *("moved_bytes", "operations", "gb_per_s", "gflop_per_s", "ceiling", "ratio_to_ceiling", "target"),
+    *FIELDS,
+)
+
+Row = dict[str, str]
+
+
+def rows_from_json(path: Path) -> list[Row]:
+    """One row per contender and case. All values are text as the CSV holds it; empty means not known."""
+    recorded = json.loads(path.read_text())
+    measured_on = recorded["machine_info"]["measured_on"]
+    return [_row(one["extra_info"], one["stats"], measured_on) for one in recorded["benchmarks"]]
+
+
+def _row(facts: dict, stats: dict, measured_on: dict) -> Row:
+    seconds = stats["median"]
+    values = {
+        **{name: facts[name] for name in COLUMNS if name in facts},
+        **{"median_s": seconds, "q1_s": stats["q1"], "q3_s": stats["q3"], "min_s": stats["min"]},
+        "rounds": stats["rounds"],
+        "gb_per_s": facts["moved_bytes"] / seconds / 1e9,
+        "gflop_per_s": facts["operations"] / seconds / 1e9 or None,
+        **measured_on,
+    }
+    return {name: _text(values[name]) for name in COLUMNS}
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Replace the file in one step, so that an interrupted run leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+def read_csv(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by case, in the order of the file."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    return cases
+
+
+def duration(seconds: float) -> str:
+    """Three figures: 413 us, 1.32 ms, 2.05 s."""
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def verdict(row: Row) -> str:
+    """How a ratio stands to its target; empty where the row has none."""
+    if not row["target"] or not row["ratio_to_ceiling"]:
+        return ""
+    met = float(row["ratio_to_ceiling"]) <= float(row["target"])
+    return f"{'meets' if met else 'misses'} {row['target']}x"
+
+
+def table(rows: list[Row]) -> str:
+    """A block of lines per case: median, spread, rate, ratio to the ceiling, target."""
+    lines = []
+    for case, contenders in by_case(rows).items():
+        lines.append(f"\n{case}   (ratio to {contenders[0]['ceiling']})")
+        for row in contenders:
+            ratio = f"{float(row['ratio_to_ceiling']):.2f}x" if row["ratio_to_ceiling"] else ""
+            spread = f"{duration(float(row['q1_s']))} .. {duration(float(row['q3_s']))}"
+            rate = f"{float(row['gb_per_s']):.1f} GB/s"
+            if row["gflop_per_s"]:
+                rate = f"{float(row['gflop_per_s']):.0f} GFLOP/s"
+            lines.append(
+                f"  {row['contender']:20} {row['role']:10} {duration(float(row['median_s'])):>9}"
+                f"  {spread:22} {rate:>14} {ratio:>9}  {verdict(row)}".rstrip()
+            )
+    return "\n".join(lines)

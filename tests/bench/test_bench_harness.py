@@ -1,0 +1,148 @@
+"""bench/harness.py: turns, quotas, ratios; and the cases of every suite."""
+
+import importlib
+import itertools
+import random
+
+import pytest
+import torch
+
+import environment
+import harness
+import run
+from harness import Budget, Case, Contender, Measurement, Samples
+
+SUITES = [importlib.import_module(f"bench_{name}") for name in run.SUITES]
+CPU = torch.device("cpu")
+
+
+def test_every_round_is_a_permutation_and_neighbours_change():
+    names = ["a", "b", "c", "d"]
+    rounds = [harness.turns(names, index) for index in range(8)]
+    assert all(sorted(order) == names for order in rounds)
+    assert {order[0] for order in rounds} == set(names)
+    before_b = {first for order in rounds for first, second in itertools.pairwise(order) if second == "b"}
+    assert len(before_b) >= 2
+
+
+def test_contenders_take_turns_until_their_quota():
+    visits: list[str] = []
+    samplers = {name: lambda name=name: visits.append(name) or float(len(visits)) for name in "abc"}
+    seconds = harness.interleave(samplers, {"a": 4, "b": 2, "c": 4})
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 2, "c": 4}
+    assert sorted(visits[:3]) == sorted(visits[3:6]) == ["a", "b", "c"]
+    assert sorted(visits[6:]) == ["a", "a", "c", "c"]
+    for name in "abc":
+        assert seconds[name] == [index + 1.0 for index, visitor in enumerate(visits) if visitor == name]
+
+
+def test_slow_contenders_get_fewer_rounds_but_never_too_few():
+    budget = Budget(rounds=60, sample_seconds=0.01, contender_seconds=2.0)
+    assert [budget.quota(seconds) for seconds in (0.01, 0.1, 9.0)] == [60, 20, harness.MIN_ROUNDS]
+    assert Budget(2, 0.0, 0.0).quota(1.0) == 2
+
+
+def test_ratio_is_that_of_the_medians():
+    samples = {
+        "ours": Samples(1, "wall", [3.0, 1.0, 2.0]),
+        "copy": Samples(1, "wall", [4.0, 100.0, 4.0, 0.0]),
+    }
+    measurement = Measurement(samples, {}, "copy")
+    assert measurement.ratio("ours", "copy") == 2.0 / 4.0
+    assert measurement.ratio("copy", "copy") == 1.0
+    assert measurement.ratio("ours", "absent") is None
+
+
+def toy_case(*extra: Contender) -> Case:
+    return Case(
+        op="add",
+        name="a sum of 64",
+        shape="64",
+        dtype="float32",
+        moved_bytes=256,
+        operations=0,
+        inputs=lambda device, index: torch.full((64,), float(index), device=device),
+        contenders=lambda device_type: [Contender("sum", "ceiling", lambda x: x.sum), *extra],
+    )
+
+
+def test_measure_times_each_contender_and_goes_on_without_the_one_that_refuses():
+    def refuse(x):
+        raise RuntimeError("no kernel for this\nsecond line")
+
+    case = toy_case(Contender("mean", "peer", lambda x: x.mean), Contender("broken", "peer", refuse))
+    measurement = harness.measure(case, CPU, Budget(rounds=3, sample_seconds=1e-5, contender_seconds=0.1))
+    assert measurement.failures == {"broken": "RuntimeError: no kernel for this"}
+    assert measurement.ceiling == "sum" and set(measurement.samples) == {"sum", "mean"}
+    for samples in measurement.samples.values():
+        assert samples.timer == "wall" and samples.calls >= 1
+        assert len(samples.seconds) == 3 and all(seconds > 0 for seconds in samples.seconds)
+
+
+def test_a_forced_backend_is_forced_only_while_its_contender_runs():
+    import qnkernels.backends as backends
+
+    seen = []
+    spy = Contender("spy", "reference", lambda x: lambda: seen.append(backends._forced), backend="reference")
+    harness.measure(toy_case(spy), CPU, Budget(2, 1e-6, 0.01))
+    assert set(seen) == {"reference"} and backends._forced is None
+
+
+def test_a_gpu_rotates_among_more_inputs_than_its_cache_holds(monkeypatch):
+    class Properties:
+        L2_cache_size = 50 * 2**20
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    cuda = torch.device("cuda")
+    assert harness.input_sets(2**30, cuda) == 1
+    assert harness.input_sets(10 * 2**20, cuda) == 15
+    assert harness.input_sets(100, cuda) == harness.MAX_SETS
+    assert harness.input_sets(100, CPU) == 1
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.__name__)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_every_case_has_one_ceiling_and_distinct_contenders(suite, device_type):
+    cases = [case for case in suite.CASES if device_type in case.devices]
+    assert len({str(case) for case in cases}) == len(cases) > 0
+    assert any(case.quick for case in cases)
+    for case in cases:
+        contenders = case.contenders(device_type)
+        assert [one.role for one in contenders].count("ceiling") == 1
+        assert len({one.name for one in contenders}) == len(contenders)
+        assert {one.role for one in contenders} <= set(harness.ROLES)
+        assert case.moved_bytes > 0
+
+
+def test_the_eager_formulas_compute_what_the_ops_do():
+    from qnkernels import functional as F
+
+    x = torch.randn(24, 40, generator=torch.Generator().manual_seed(random.randrange(2**31)))
+    fake_quantize, block_noise = (
+        importlib.import_module(f"bench_{name}") for name in ("fake_quantize", "block_noise")
+    )
+    for axis in (None, 0):
+        inputs = fake_quantize.make_inputs((24, 40), torch.float32, torch.float32, axis, CPU, 3)
+        common = inputs.x, inputs.scale, inputs.zero_point, 8, axis
+        expected = F.fake_quantize(*common, p=1.0)
+        for straight_through in (False, True):
+            formula = fake_quantize.eager(*common, 1.0, torch.float32, straight_through)
+            torch.testing.assert_close(formula, expected, rtol=0, atol=1e-6)
+    for kind in ("zero", "mean"):
+        assert torch.equal(block_noise.eager(x, kind, 0.0), x)
+    torch.testing.assert_close(block_noise.eager(x, "mean", 1.0), F.block_noise(x, 8, 1.0, kind="mean"))
+    dropped = block_noise.eager(x, "zero", 0.25)
+    kept = dropped.reshape(24, 5, 8).abs().sum(-1) > 0
+    assert torch.equal(dropped, (x * (1 / 0.75)) * kept.repeat_interleave(8, 1))
+
+
+def test_folder_names_are_plain():
+    assert environment.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert environment.folder_name("Intel(R) Xeon(R) Processor x2") == "intel-xeon-processor-x2"
+
+
+def test_what_a_run_ran_on_is_complete():
+    described = environment.describe(CPU)
+    assert tuple(described) == environment.FIELDS
+    assert described["threads"] == str(torch.get_num_threads()) and described["torch"] == torch.__version__
+    assert described["cuda"] == described["driver"] == ""

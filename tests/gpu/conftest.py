@@ -1,0 +1,65 @@
+"""GPU tests: marked `gpu`, skipped without a CUDA device.
+
+`--gpu-device=cpu` runs those that need no real GPU through Triton's interpreter (TRITON_INTERPRET=1), which
+checks the tests themselves.
+"""
+
+import pytest
+import torch
+
+from qnkernels.backends import BackendUnavailable, kernels
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-device", default="cuda", choices=("cuda", "cpu"), help="cpu: Triton's interpreter"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "of(op): the op that a test covers, on every backend that has it")
+    config.addinivalue_line("markers", "needs_cuda: not even the interpreter can run it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    interpreted = config.getoption("--gpu-device", "cuda") == "cpu"
+    for item in items:
+        if "tests/gpu/" not in item.path.as_posix():
+            continue
+        item.add_marker(pytest.mark.gpu)
+        if interpreted and not item.get_closest_marker("needs_cuda"):
+            continue
+        if not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--gpu-device", "cuda"))
+
+
+def backends_with(op: str) -> list[str]:
+    """The backends that run `op` on CUDA tensors here; all names where nothing can run, to be skipped."""
+    found = []
+    for name in ("triton", "cuda"):
+        try:
+            found += [name] if op in kernels(name) else []
+        except BackendUnavailable:
+            continue
+    return [*found, "reference"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test marked `of(op)` that takes `backend` runs once per backend that has the op."""
+    marker = metafunc.definition.get_closest_marker("of")
+    if marker and "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends_with(marker.args[0]))
+
+
+@pytest.fixture(autouse=True)
+def record_op(request: pytest.FixtureRequest, record_property) -> None:
+    """What the test covers, for the report of bench/gpu_suite.py."""
+    marker = request.node.get_closest_marker("of")
+    if marker:
+        record_property("op", marker.args[0])
+        record_property("backend", request.node.callspec.params["backend"])

@@ -1,0 +1,98 @@
+"""int_linear and int_embedding on a GPU, against float64 and the reference on the CPU."""
+
+import pytest
+import torch
+
+import qnkernels as qnk
+from qnkernels import functional as F
+from qnkernels.reference.int_linear import dequantize_weight
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# relative error of the result's dtype; the fp32 accumulation over k adds k * 2^-24 at most
+EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SHAPES = [(1, 1, 2), (1, 33, 64), (3, 17, 96), (17, 130, 776), (130, 65, 32)]  # m, n, k
+
+
+def packed_layer(n, k, bits, groups, generator, with_zero_point=True):
+    codes = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, generator=generator)
+    scale = torch.rand(n, groups, generator=generator) + 0.1
+    zero_point = torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8, generator=generator)
+    return codes, scale, zero_point if with_zero_point else None
+
+
+def assert_within_bound(actual, x, decoded, bias, dtype):
+    """|error| <= (operand rounding + accumulation) * sum |x||w| + output rounding, per element.
+
+    x is exact; a kernel may round the decoded weight to the dtype of x before the product.
+    """
+    exact = x.double() @ decoded.double().t()
+    magnitude = x.double().abs() @ decoded.double().abs().t()
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    k = x.shape[-1]
+    weight_rounding = 0.0 if dtype == torch.float32 else EPSILON[dtype]
+    bound = (weight_rounding + (k + 4) * 2.0**-24) * magnitude + 2 * EPSILON[dtype] * exact.abs()
+    error = (actual.cpu().double() - exact).abs()
+    assert actual.dtype == dtype
+    assert (error <= bound + 1e-30).all(), f"error {(error / bound).max():.2f} times the bound"
+
+
+def moved(device, *tensors):
+    return [None if one is None else one.to(device) for one in tensors]
+
+
+@pytest.mark.of("int_linear")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_int_linear(device, backend, dtype, bits, m, n, k):
+    generator = torch.Generator().manual_seed(m * n + k)
+    x = (torch.randn(m, k, generator=generator) / 8).to(dtype)
+    bias = torch.randn(n, generator=generator).to(dtype)
+    for groups, with_zero_point, with_bias in ((1, True, True), (1, False, False), (k // 2, True, False)):
+        codes, scale, zero_point = packed_layer(n, k, bits, groups, generator, with_zero_point)
+        used = bias if with_bias else None
+        with qnk.backend(backend):
+            x_, codes_, scale_, zero_point_, bias_ = moved(device, x, codes, scale, zero_point, used)
+            actual = F.int_linear(x_, codes_, scale_, zero_point_, bias_, bits)
+        assert_within_bound(actual, x, dequantize_weight(codes, scale, zero_point, bits), used, dtype)
+
+
+@pytest.mark.of("int_linear_backward")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_int_linear_backward(device, backend, dtype, bits, m, n, k):
+    generator = torch.Generator().manual_seed(m + n * k)
+    codes, scale, zero_point = packed_layer(n, k, bits, 1, generator)
+    grad = (torch.randn(m, n, generator=generator) / 8).to(dtype)
+    x = torch.randn(m, k, generator=generator).to(dtype).to(device).requires_grad_()
+    with qnk.backend(backend):
+        y = F.int_linear(x, *moved(device, codes, scale, zero_point), bits=bits)
+        actual = torch.autograd.grad(y, x, grad.to(device))[0]
+    decoded = dequantize_weight(codes, scale, zero_point, bits)
+    assert_within_bound(actual, grad, decoded.t(), None, dtype)
+
+
+@pytest.mark.of("int_embedding")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_int_embedding(device, backend, dtype, bits):
+    generator = torch.Generator().manual_seed(bits)
+    codes, scale, zero_point = packed_layer(53, 48, bits, 3, generator)
+    for shape in ((), (0,), (1,), (5, 7), (301,)):
+        indices = torch.randint(0, 53, shape, generator=generator)
+        with qnk.backend("reference"):
+            expected = F.int_embedding(indices, codes, scale, zero_point, bits, dtype=dtype)
+        with qnk.backend(backend):
+            moved_arguments = moved(device, indices, codes, scale, zero_point)
+            actual = F.int_embedding(*moved_arguments, bits, dtype=dtype)
+        assert actual.shape == expected.shape and torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.of("int_linear")
+def test_int_linear_on_no_rows(device, backend):
+    codes, scale, zero_point = packed_layer(9, 16, 8, 1, torch.Generator().manual_seed(0))
+    with qnk.backend(backend):
+        y = F.int_linear(torch.empty(0, 16, device=device), *moved(device, codes, scale, zero_point))
+    assert y.shape == (0, 9) and y.device.type == device.type

@@ -1,0 +1,176 @@
+"""fake_quantize and block_noise on a GPU: bit for bit what the reference computes on the CPU."""
+
+import pytest
+import torch
+
+import qnkernels as qnk
+from qnkernels import functional as F
+from qnkernels.reference.fake_quantize import fake_quantize as reference_fake_quantize
+from qnkernels.reference.philox import noise_mask, philox
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1,), (7,), (3, 1009), (33, 4, 8), (257, 72))
+# (axis, group_size) that fit a shape
+LAYOUTS = {
+    (1,): [(None, None)],
+    (7,): [(None, None), (0, None)],
+    (3, 1009): [(None, None), (0, None), (1, None)],
+}
+LAYOUTS |= {(33, 4, 8): [(1, None), (2, None), (None, 4)], (257, 72): [(0, None), (None, 8), (None, 3)]}
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal in dtype, shape and every bit, NaN equal to NaN; the message names the first difference."""
+    actual = actual.cpu()
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    different = (actual != expected) & ~(actual.isnan() & expected.isnan())
+    if different.any():
+        where = tuple(different.nonzero()[0].tolist())
+        count = int(different.sum())
+        raise AssertionError(
+            f"{count} differ, first at {where}: {actual[where]!r}, expected {expected[where]!r}"
+        )
+
+
+def parameters(x, bits, axis, group_size, shrink=0.8):
+    """Scale and zero point of a range that leaves some values out."""
+    with qnk.backend("reference"):
+        low, high = F.minmax(x, axis, group_size)
+    return F.quantization_parameters(shrink * low, shrink * high, bits)
+
+
+@pytest.mark.of("fake_quantize")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+def test_fake_quantize(device, backend, dtype, shape, p):
+    generator = torch.Generator().manual_seed(hash((shape, p)) % 2**31)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    for axis, group_size in LAYOUTS[shape]:
+        for bits, seed in ((2, 0), (4, 2**62 - 1), (8, 12345), (16, 2**40 + 7)):
+            s, z = parameters(x, bits, axis, group_size)
+            with qnk.backend("reference"):
+                expected = F.fake_quantize(x, s, z, bits, axis, group_size, p, seed)
+            with qnk.backend(backend):
+                actual = F.fake_quantize(
+                    x.to(device), s.to(device), z.to(device), bits, axis, group_size, p, seed
+                )
+            assert_same_bits(actual, expected)
+
+
+@pytest.mark.of("fake_quantize")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out", DTYPES)
+def test_fake_quantize_writes_the_dtype_asked_for(device, backend, dtype, out):
+    x = torch.randn(45, 31, generator=torch.Generator().manual_seed(1)).to(dtype)
+    s, z = parameters(x, 8, None, None)
+    with qnk.backend("reference"):
+        expected = F.fake_quantize(x, s, z, 8, p=0.5, seed=9, dtype=out)
+    with qnk.backend(backend):
+        actual = F.fake_quantize(x.to(device), s.to(device), z.to(device), 8, p=0.5, seed=9, dtype=out)
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.of("fake_quantize")
+def test_fake_quantize_rounds_ties_to_even_and_keeps_odd_values(device, backend):
+    x = torch.cat(
+        [torch.arange(-40, 40) / 2, torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])]
+    )
+    s, z = torch.tensor(1.0), torch.tensor(8.0)
+    with qnk.backend("reference"):
+        expected = F.fake_quantize(x, s, z, 4)
+    with qnk.backend(backend):
+        actual = F.fake_quantize(x.to(device), s.to(device), z.to(device), 4)
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.of("fake_quantize")
+def test_fake_quantize_takes_views(device, backend):
+    x = torch.randn(66, 40, generator=torch.Generator().manual_seed(2))
+    s, z = parameters(x[::2].t(), 8, None, None)
+    with qnk.backend("reference"):
+        expected = F.fake_quantize(x[::2].t(), s, z, 8, p=0.5, seed=3)
+    with qnk.backend(backend):
+        actual = F.fake_quantize(x.to(device)[::2].t(), s.to(device), z.to(device), 8, p=0.5, seed=3)
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.of("fake_quantize")
+@pytest.mark.needs_cuda
+def test_fake_quantize_of_more_than_2_31_elements(device, backend):
+    """The noise and the values at both ends, against the formula on those elements alone."""
+    n = 2**31 + 8 * 1000 + 3
+    if backend == "reference" or torch.cuda.mem_get_info()[0] < 5 * n:
+        pytest.skip("needs 10 GiB of free GPU memory, and a kernel")
+    x = torch.empty(n, dtype=torch.bfloat16, device=device).normal_()
+    s, z = torch.tensor(0.1, device=device), torch.tensor(128.0, device=device)
+    seed = torch.tensor(77, device=device)
+    with qnk.backend(backend):
+        y = F.fake_quantize(x, s, z, 8, p=0.5, seed=seed)
+    for start in (0, 2**31 - 512, n - 803):
+        piece = slice(start - start % 8, min(start - start % 8 + 800, n))
+        some = x[piece].cpu()
+        words = philox(torch.arange(piece.start // 8, (piece.stop + 7) // 8), seed.cpu())
+        draws = torch.stack((words & 0xFFFF, words >> 16), -1).flatten()[: len(some)]
+        quantized = reference_fake_quantize(some, s.cpu(), z.cpu(), torch.tensor(8), 1.0, seed.cpu())
+        assert_same_bits(y[piece], torch.where(draws < 32768, quantized, some))
+
+
+@pytest.mark.of("fake_quantize_backward")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_fake_quantize_backward(device, backend, dtype, shape, p):
+    generator = torch.Generator().manual_seed(hash((shape, p)) % 2**31)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    for axis, group_size in LAYOUTS[shape]:
+        s, z = parameters(x, 4, axis, group_size, shrink=0.4)
+        with qnk.backend("reference"):
+            expected = gradient(x, s, z, axis, group_size, p, grad)
+        with qnk.backend(backend):
+            actual = gradient(*(t.to(device) for t in (x, s, z)), axis, group_size, p, grad.to(device))
+        assert_same_bits(actual, expected)
+
+
+def gradient(x, s, z, axis, group_size, p, grad):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(F.fake_quantize(x, s, z, 4, axis, group_size, p, 5), x, grad)[0]
+
+
+@pytest.mark.of("block_noise")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["zero", "mean"])
+@pytest.mark.parametrize(
+    ("shape", "block_size"), [((1, 1), 1), ((5, 21), 3), ((129, 72), 8), ((7, 2048), 1024)]
+)
+def test_block_noise(device, backend, dtype, kind, shape, block_size):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(block_size)).to(dtype)
+    for p, seed in ((0.0, 1), (0.1, 2**50), (0.5, 3), (1.0, 4)):
+        with qnk.backend("reference"):
+            expected = F.block_noise(weight, block_size, p, seed, kind)
+        with qnk.backend(backend):
+            actual = F.block_noise(weight.to(device), block_size, p, seed, kind)
+        assert_same_bits(actual, expected)
+
+
+@pytest.mark.of("block_noise")
+def test_block_noise_without_rescaling_into_another_dtype(device, backend):
+    weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(6))
+    with qnk.backend("reference"):
+        expected = F.block_noise(weight, 8, 0.3, 11, rescale=False, dtype=torch.bfloat16)
+    with qnk.backend(backend):
+        actual = F.block_noise(weight.to(device), 8, 0.3, 11, rescale=False, dtype=torch.bfloat16)
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.of("fake_quantize")
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**62 + 12345])
+def test_the_mask_is_that_of_the_cpu(device, backend, seed):
+    """On ones, with a scale that moves them, the output shows the mask itself."""
+    n, p = 5_000_011, 0.3
+    x, s, z = torch.ones(n, device=device), torch.tensor(0.7, device=device), torch.tensor(0.0, device=device)
+    with qnk.backend(backend):
+        noised = F.fake_quantize(x, s, z, 8, p=p, seed=seed) != 1
+    assert torch.equal(noised.cpu(), noise_mask(n, p, torch.tensor(seed)))

@@ -12,6 +12,7 @@ copy at batch 1, and at batch 256 the ratio of the fp32 to the bf16 product, som
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from harness import Case, Contender, ours
 from qnkernels import functional as F
-from qnkernels.reference.int_linear import pack, quantize_weight
+from qnkernels.reference.int_linear import pack, quantize_weight, unpack
 
 GROUP = {8: None, 4: 128}
 
@@ -64,10 +65,11 @@ def int8pack(inputs: Inputs) -> Callable:
 
 
 def int4pack(inputs: Inputs) -> Callable:
-    """torch's own 4-bit product, bf16 activations, groups of 128."""
-    group, (out, columns) = GROUP[4], inputs.weight.shape
-    codes = torch.randint(0, 16, (out, columns), dtype=torch.int32, device=inputs.x.device)
-    scales = torch.rand(columns // group, out, 2, device=inputs.x.device).bfloat16()
+    """torch's own 4-bit product on our codes: w = (q - 8) * scale + offset, bf16 scale and offset."""
+    group = GROUP[4]
+    codes = unpack(inputs.packed, 4).to(torch.int32)
+    offset = (8 - inputs.zero_point.float()) * inputs.scale
+    scales = torch.stack((inputs.scale, offset), -1).transpose(0, 1).contiguous().bfloat16()
     if inputs.x.device.type == "cpu":
         packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
         return partial(torch._weight_int4pack_mm_for_cpu, inputs.x, packed, group, scales)
@@ -128,10 +130,10 @@ def bitsandbytes(inputs: Inputs) -> Callable:
     return inference(layer.to(inputs.x.device), inputs.x)
 
 
-# peer -> (module that must import, bits it has, device types, call)
+# package -> (module that must import, bits it has, device types, call)
 OPTIONAL = {
     "torchao": ("torchao", (8,), ("cpu", "cuda"), torchao),
-    "quanto": ("optimum.quanto", (8, 4), ("cpu", "cuda"), quanto),
+    "optimum-quanto": ("optimum.quanto", (8, 4), ("cpu", "cuda"), quanto),
     "bitsandbytes": ("bitsandbytes", (8, 4), ("cuda",), bitsandbytes),
 }
 
@@ -164,7 +166,7 @@ def contenders(batch, bits, dtype, device_type) -> list[Contender]:
         found.append(Contender("_weight_int4pack_mm", "peer", int4pack))
     for name, (_, their_bits, devices, prepare) in OPTIONAL.items():
         if name not in LEFT_OUT and bits in their_bits and device_type in devices:
-            found.append(Contender(name, "peer", prepare))
+            found.append(Contender(f"{name} {version(name)}", "peer", prepare))
     return found
 
 

@@ -119,5 +119,6 @@ def _facts(case: Case, contender: Contender, measurement: Measurement) -> dict[s
         "ceiling": measurement.ceiling,
         "ratio_to_ceiling": measurement.ratio(contender.name, measurement.ceiling),
         "target": case.target if contender.role == "ours" else None,
+        "other_load": round(measurement.other_load, 3),
         "medians": {name: measurement.median(name) for name in measurement.samples},
     }

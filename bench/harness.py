@@ -1,28 +1,22 @@
 """Interleaved timing: the contenders of a case take turns in one process, so that drift hits them all alike.
 
-A sample is the time of `calls` back-to-back calls over `calls`. On the CPU it is wall time over one set of
-inputs. On a GPU it is time between events on the stream, over a captured graph where the contender can be
-captured (its launches then cost next to nothing), rotating among input sets that together exceed the cache.
+How one sample is taken is said in samplers.py.
 """
 
 import contextlib
 import functools
 import gc
-import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 import qnkernels
+import samplers
 from qnkernels.backends import kernels, serving
 
 ROLES = ("ours", "reference", "peer", "ceiling")
-CACHE_MULTIPLE = 3  # inputs of a rotation, in units of the cache they must not fit in
-MAX_SETS = 64
-MAX_GRAPH_CALLS = 512
 
 
 @dataclass(frozen=True)
@@ -84,6 +78,7 @@ class Measurement:
     samples: dict[str, Samples]
     failures: dict[str, str]  # contender -> why it did not run
     ceiling: str  # the contender that ratios are taken to
+    other_load: float  # share of the processor that other programs took meanwhile, 0 to 1
 
     def median(self, name: str) -> float:
         return statistics.median(self.samples[name].seconds)
@@ -142,106 +137,48 @@ def turns(names: list[str], round_index: int) -> list[str]:
     return order[::-1] if round_index % 2 else order
 
 
-def interleave(samplers: dict[str, Callable[[], float]], quotas: dict[str, int]) -> dict[str, list[float]]:
+def interleave(takers: dict[str, Callable[[], float]], quotas: dict[str, int]) -> dict[str, list[float]]:
     """Seconds per call of each contender, one sample per round until its quota is reached."""
-    seconds: dict[str, list[float]] = {name: [] for name in samplers}
+    seconds: dict[str, list[float]] = {name: [] for name in takers}
     for index in range(max(quotas.values(), default=0)):
-        for name in turns(list(samplers), index):
+        for name in turns(list(takers), index):
             if len(seconds[name]) < quotas[name]:
-                seconds[name].append(samplers[name]())
+                seconds[name].append(takers[name]())
     return seconds
 
 
 def measure(case: Case, device: torch.device, budget: Budget) -> Measurement:
     """Prepare every contender of the case, warm it up, and let them take turns."""
     with _side_stream(device), _no_garbage_collection():
-        inputs = [case.inputs(device, index) for index in range(input_sets(case.moved_bytes, device))]
-        samples, samplers, quotas, failures = {}, {}, {}, {}
+        sets = samplers.input_sets(case.moved_bytes, device)
+        inputs = [case.inputs(device, index) for index in range(sets)]
+        sampler = samplers.on_cuda if device.type == "cuda" else samplers.on_cpu
+        samples, takers, quotas, failures = {}, {}, {}, {}
         contenders = case.contenders(device.type)
         for contender in contenders:
             # a peer may refuse the device or dtype in any way it likes; the rest of the group goes on
             try:
                 with _forced(contender.backend):
                     runs = [contender.prepare(one) for one in inputs]
-                    sample, calls, timer = (_cuda if device.type == "cuda" else _wall)(runs, budget)
+                    sample, calls, timer = sampler(runs, budget.sample_seconds)
                     longest = max(sample(), sample()) * calls
             except Exception as error:
                 failures[contender.name] = _in_one_line(error)
                 continue
             samples[contender.name] = Samples(calls, timer)
-            samplers[contender.name] = _within(contender.backend, sample)
+            takers[contender.name] = _within(contender.backend, sample)
             quotas[contender.name] = budget.quota(longest)
-        for name, seconds in interleave(samplers, quotas).items():
+        before = samplers.processor_seconds()
+        for name, seconds in interleave(takers, quotas).items():
             samples[name].seconds = seconds
+        other_load = samplers.other_load(before, samplers.processor_seconds())
     ceiling = next(contender.name for contender in contenders if contender.role == "ceiling")
-    return Measurement(samples, failures, ceiling)
+    return Measurement(samples, failures, ceiling, other_load)
 
 
 def _in_one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
-
-
-def input_sets(moved_bytes: int, device: torch.device) -> int:
-    """How many input sets to rotate among, so that a GPU's L2 cannot hold them from one call to the next."""
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(MAX_SETS, max(1, math.ceil(CACHE_MULTIPLE * cache / max(moved_bytes, 1))))
-
-
-def _wall(runs: list[Callable], budget: Budget) -> tuple[Callable[[], float], int, str]:
-    run = runs[0]
-
-    def timed(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return (time.perf_counter() - start) / calls
-
-    timed(1)  # compiles, fills caches
-    calls = max(1, math.ceil(budget.sample_seconds / min(timed(1) for _ in range(3))))
-    return lambda: timed(calls), calls, "wall"
-
-
-def _cuda(runs: list[Callable], budget: Budget) -> tuple[Callable[[], float], int, str]:
-    kept: list[object] = [None] * len(runs)
-
-    def work(calls: int) -> None:
-        for index in range(calls):
-            kept[index % len(runs)] = runs[index % len(runs)]()  # outputs rotate, too
-
-    work(max(3, len(runs)))
-    once = _between_events(lambda: work(len(runs))) / len(runs)
-    calls = len(runs) * max(1, math.ceil(budget.sample_seconds / once / len(runs)))
-    graph = _capture(lambda: work(min(calls, MAX_GRAPH_CALLS)))
-    if graph is None:
-        return lambda: _between_events(lambda: work(calls)) / calls, calls, "events"
-    calls = min(calls, MAX_GRAPH_CALLS)
-    return lambda: _between_events(graph.replay) / calls, calls, "graph"
-
-
-def _between_events(work: Callable[[], None]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def _capture(work: Callable[[], None]) -> "torch.cuda.CUDAGraph | None":
-    """A graph of the work, or None where it cannot be captured (it waits for the device, say)."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            work()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph
 
 
 def _within(backend: str | None, sample: Callable[[], float]) -> Callable[[], float]:

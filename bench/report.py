@@ -11,8 +11,11 @@ COLUMNS = (
     *("op", "case", "shape", "dtype", "contender", "role"),
     *("median_s", "q1_s", "q3_s", "min_s", "rounds", "calls", "timer"),
     *("moved_bytes", "operations", "gb_per_s", "gflop_per_s", "ceiling", "ratio_to_ceiling", "target"),
+    "other_load",
     *FIELDS,
 )
+
+NOTICEABLE = 0.05
 
 Row = dict[str, str]
 
@@ -83,11 +86,17 @@ def verdict(row: Row) -> str:
     return f"{'meets' if met else 'misses'} {row['target']}x"
 
 
+def disturbance(row: Row) -> str:
+    """A remark where other programs took a noticeable share of the processor while the case was timed."""
+    share = float(row["other_load"])
+    return f"   disturbed: other programs took {share:.0%} of the processor" if share > NOTICEABLE else ""
+
+
 def table(rows: list[Row]) -> str:
     """A block of lines per case: median, spread, rate, ratio to the ceiling, target."""
     lines = []
     for case, contenders in by_case(rows).items():
-        lines.append(f"\n{case}   (ratio to {contenders[0]['ceiling']})")
+        lines.append(f"\n{case}   (ratio to {contenders[0]['ceiling']}){disturbance(contenders[0])}")
         for row in contenders:
             ratio = f"{float(row['ratio_to_ceiling']):.2f}x" if row["ratio_to_ceiling"] else ""
             spread = f"{duration(float(row['q1_s']))} .. {duration(float(row['q3_s']))}"

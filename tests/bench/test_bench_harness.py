@@ -10,6 +10,7 @@ import torch
 import environment
 import harness
 import run
+import samplers
 from harness import Budget, Case, Contender, Measurement, Samples
 
 SUITES = [importlib.import_module(f"bench_{name}") for name in run.SUITES]
@@ -27,8 +28,8 @@ def test_every_round_is_a_permutation_and_neighbours_change():
 
 def test_contenders_take_turns_until_their_quota():
     visits: list[str] = []
-    samplers = {name: lambda name=name: visits.append(name) or float(len(visits)) for name in "abc"}
-    seconds = harness.interleave(samplers, {"a": 4, "b": 2, "c": 4})
+    takers = {name: lambda name=name: visits.append(name) or float(len(visits)) for name in "abc"}
+    seconds = harness.interleave(takers, {"a": 4, "b": 2, "c": 4})
     assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 2, "c": 4}
     assert sorted(visits[:3]) == sorted(visits[3:6]) == ["a", "b", "c"]
     assert sorted(visits[6:]) == ["a", "a", "c", "c"]
@@ -47,7 +48,7 @@ def test_ratio_is_that_of_the_medians():
         "ours": Samples(1, "wall", [3.0, 1.0, 2.0]),
         "copy": Samples(1, "wall", [4.0, 100.0, 4.0, 0.0]),
     }
-    measurement = Measurement(samples, {}, "copy")
+    measurement = Measurement(samples, {}, "copy", 0.0)
     assert measurement.ratio("ours", "copy") == 2.0 / 4.0
     assert measurement.ratio("copy", "copy") == 1.0
     assert measurement.ratio("ours", "absent") is None
@@ -79,6 +80,13 @@ def test_measure_times_each_contender_and_goes_on_without_the_one_that_refuses()
         assert len(samples.seconds) == 3 and all(seconds > 0 for seconds in samples.seconds)
 
 
+def test_other_load_is_what_neither_idled_nor_ran_here():
+    assert samplers.other_load((10.0, 5.0, 1.0), (14.0, 11.0, 6.0)) == pytest.approx(0.1)
+    assert samplers.other_load((10.0, 5.0, 1.0), (14.0, 9.0, 6.0)) == 0.0
+    measurement = harness.measure(toy_case(), CPU, Budget(2, 1e-4, 0.01))
+    assert 0.0 <= measurement.other_load <= 1.0
+
+
 def test_a_forced_backend_is_forced_only_while_its_contender_runs():
     import qnkernels.backends as backends
 
@@ -94,10 +102,10 @@ def test_a_gpu_rotates_among_more_inputs_than_its_cache_holds(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     cuda = torch.device("cuda")
-    assert harness.input_sets(2**30, cuda) == 1
-    assert harness.input_sets(10 * 2**20, cuda) == 15
-    assert harness.input_sets(100, cuda) == harness.MAX_SETS
-    assert harness.input_sets(100, CPU) == 1
+    assert samplers.input_sets(2**30, cuda) == 1
+    assert samplers.input_sets(10 * 2**20, cuda) == 15
+    assert samplers.input_sets(100, cuda) == samplers.MAX_SETS
+    assert samplers.input_sets(100, CPU) == 1
 
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.__name__)
@@ -134,6 +142,17 @@ def test_the_eager_formulas_compute_what_the_ops_do():
     dropped = block_noise.eager(x, "zero", 0.25)
     kept = dropped.reshape(24, 5, 8).abs().sum(-1) > 0
     assert torch.equal(dropped, (x * (1 / 0.75)) * kept.repeat_interleave(8, 1))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_peers_of_int_linear_compute_the_same_function(bits):
+    suite = importlib.import_module("bench_int_linear")
+    inputs = suite.make_inputs((64, 256), 16, bits, torch.bfloat16, CPU, random.randrange(2**31))
+    exact = suite.dense(torch.float32, inputs)()
+    for contender in suite.contenders(16, bits, torch.bfloat16, "cpu"):
+        if contender.name != "copy_ codes":
+            error = (contender.prepare(inputs)().float() - exact).norm() / exact.norm()
+            assert error < (0.03 if bits == 8 else 0.15), contender.name
 
 
 def test_folder_names_are_plain():

@@ -20,6 +20,7 @@ def recorded(contender="cpu", role="ours", seconds=0.002, ratio=1.25, **changes)
         **{"contender": contender, "role": role, "calls": 7, "moved_bytes": 4_000_000, "operations": 0},
         **{"ceiling": "copy_", "ratio_to_ceiling": ratio, "target": 2.0 if role == "ours" else None},
         "medians": {contender: seconds},
+        "other_load": 0.011,
     }
     stats = {"median": seconds, "q1": 0.9 * seconds, "q3": 1.1 * seconds, "min": 0.8 * seconds, "rounds": 5}
     return {"extra_info": {**facts, **changes}, "stats": stats}
@@ -69,6 +70,8 @@ def test_table_shows_ratio_and_verdict(tmp_path):
     assert "2 ms" in lines[2] and "1.25x" in lines[2] and lines[2].endswith("meets 2x")
     assert "12.50x" in lines[3]
     assert report.table(rows(tmp_path, ratio=2.2)).splitlines()[2].endswith("misses 2x")
+    assert lines[1].endswith("(ratio to copy_)")
+    assert "other programs took 30%" in report.table(rows(tmp_path, other_load=0.3)).splitlines()[1]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(2.05, "2.05 s"), (1.3214e-3, "1.32 ms"), (4.13e-4, "413 us")])

@@ -1,6 +1,6 @@
 // Proxies of product-quantization noise, one pass: blocks of weights are noised together.
 //
-// Per element of fp32: 4 bytes read, 4 written. A chunk is copied (times `factor`) and then, still in cache,
+// Per element of fp32: 4 bytes read, 4 written. A run of blocks is copied (times `factor`) and then, still in cache,
 // its noised blocks are overwritten: with 0, or with their mean, summed left to right.
 #include <type_traits>
 
@@ -16,6 +16,8 @@ inline namespace QNK_ISA {
 QNK_CPU_KERNELS(QNK_DECLARE_KERNEL)
 
 namespace {
+
+constexpr int64_t kCached = 4096;  // elements
 
 template <typename In, typename Out>
 void copy_scaled(const In* x, Out* y, int64_t count, float factor) {
@@ -33,25 +35,25 @@ float mean(const In* block, int64_t size) {
 }
 
 template <typename In, typename Out>
-void noise(const In* weight, Out* out, int64_t n_blocks, int64_t size, int kind, float factor, int32_t threshold,
+void apply(const In* weight, Out* out, int64_t n_blocks, int64_t size, int kind, float factor, int32_t threshold,
            const int64_t* seed) {
-    const int64_t fitting = kChunk / size / kDrawsPerCall * kDrawsPerCall;
-    const int64_t per_chunk = fitting ? fitting : kDrawsPerCall;
-    parallel_for(n_blocks, per_chunk, [&](int64_t begin, int64_t end) {
-        alignas(64) uint8_t bitmap[kBitmapBytes];
-        for (int64_t chunk = begin; chunk < end; chunk += per_chunk) {
-            const int64_t count = end - chunk < per_chunk ? end - chunk : per_chunk;
-            fill_noise(bitmap, chunk, count, seed, threshold);
-            copy_scaled(weight + chunk * size, out + chunk * size, count * size, factor);
-            for (int64_t b = 0; b < count; b += 8) {
-                uint32_t bits = bitmap[b / 8];
-                if (count - b < 8) bits &= (1u << (count - b)) - 1u;
-                for (; bits; bits &= bits - 1) {
-                    const int64_t first = (chunk + b + __builtin_ctz(bits)) * size;
-                    const Out value = from_float<Out>(kind == QNK_MEAN ? mean(weight + first, size) : 0.0f);
-                    for (int64_t i = 0; i < size; ++i) out[first + i] = value;
-                }
+    const int64_t fitting = kCached / size;
+    const int64_t step = fitting < 1 ? 1 : fitting < kWord ? fitting : kWord;  // blocks handled while in cache
+    parallel_for(n_blocks, kWord, [&](int64_t begin, int64_t end) {
+        Noise noise(seed, threshold);
+        for (int64_t first = begin; first < end;) {
+            const int64_t word_end = (first / kWord + 1) * kWord;
+            const int64_t bound = word_end < end ? word_end : end;
+            const int64_t count = first + step < bound ? step : bound - first;
+            uint64_t bits = noise.word(first / kWord) >> (first % kWord);
+            if (count < kWord) bits &= (uint64_t{1} << count) - 1;
+            copy_scaled(weight + first * size, out + first * size, count * size, factor);
+            for (; bits; bits &= bits - 1) {
+                const int64_t at = (first + __builtin_ctzll(bits)) * size;
+                const Out value = from_float<Out>(kind == QNK_MEAN ? mean(weight + at, size) : 0.0f);
+                for (int64_t i = 0; i < size; ++i) out[at + i] = value;
             }
+            first += count;
         }
     });
 }
@@ -63,7 +65,7 @@ int block_noise(const void* weight, int weight_dtype, void* out, int out_dtype, 
     return by_dtypes(weight_dtype, out_dtype, [&](auto* in, auto* to) {
         using In = std::remove_pointer_t<decltype(in)>;
         using Out = std::remove_pointer_t<decltype(to)>;
-        noise(static_cast<const In*>(weight), static_cast<Out*>(out), n_blocks, block_size, kind, factor, threshold,
+        apply(static_cast<const In*>(weight), static_cast<Out*>(out), n_blocks, block_size, kind, factor, threshold,
               seed);
         return QNK_OK;
     });

@@ -1,8 +1,8 @@
 // Scalar quantization noise, one pass: y = (clamp(round(x / s + z), 0, 2^bits - 1) - z) * s where noised.
 //
-// Per element of fp32: 4 bytes read, 4 written; a tenth of a Philox round of 6 vector instructions a lane and
-// about 10 for the quantizer, that is 14 cycles per 16 elements on two 512-bit ports. Backward: 8 bytes read,
-// 4 written; draws are made only for chunks that hold a value outside the range.
+// Per element of fp32: 4 bytes read, 4 written. Per 16 elements: 15 vector instructions of Philox (a quarter of
+// 10 rounds of 6) and about 11 of the quantizer, 13 cycles on two 512-bit ports; the divider needs 10 of them.
+// Backward: 8 bytes read, 4 written; draws are made only where a value lies outside the range.
 #include <type_traits>
 
 #include "common/affine.h"
@@ -18,6 +18,8 @@ inline namespace QNK_ISA {
 QNK_CPU_KERNELS(QNK_DECLARE_KERNEL)
 
 namespace {
+
+constexpr int64_t kGrain = 4096;  // elements: bounds of a thread's share
 
 struct Quantizer {
     const float* scale;       // [channels]
@@ -39,70 +41,85 @@ inline void by_scale(const Quantizer& q, int64_t begin, int64_t end, const Run& 
     }
 }
 
+// vector(offset, count, bits) for each vector of [first, first + count), with its bits of the mask. Draws are made
+// where they are used, so that their multiplications overlap with the divisions.
+template <typename Vector>
+inline void by_vector(int64_t first, int64_t count, Noise& noise, const Vector& vector) {
+    for (int64_t i = 0; i < count;) {
+        const int64_t block = (first + i) / kWord, skip = (first + i) % kWord;
+        const int64_t stop = i + kWord - skip < count ? i + kWord - skip : count;
+        const uint64_t bits = noise.word(block) >> skip;
+        if (stop - i == kWord) {
+            for (int v = 0; v < kWord; v += kLanes) vector(i + v, kLanes, static_cast<uint32_t>(bits >> v));
+        } else {
+            for (int64_t j = i; j < stop; j += kLanes)
+                vector(j, stop - j < kLanes ? static_cast<int>(stop - j) : kLanes, static_cast<uint32_t>(bits >> (j - i)));
+        }
+        i = stop;
+    }
+}
+
+// Bits of the mask from element i on, as many as there are lanes.
+inline uint64_t mask_at(Noise& noise, int64_t i) {
+    const int64_t block = i / kWord, skip = i % kWord;
+    uint64_t bits = noise.word(block) >> skip;
+    if (skip + kLanes > kWord) bits |= noise.word(block + 1) << (kWord - skip);
+    return bits;
+}
+
 template <typename In, typename Out>
-void forward_run(const In* x, Out* y, int64_t count, float s, float z, float top, const uint8_t* bitmap,
-                 int64_t offset) {
+void forward_run(const In* x, Out* y, int64_t first, int64_t count, float s, float z, float top, Noise& noise) {
     const Vec scale = splat(s), zero = splat(z), limit = splat(top), none = splat(0.0f);
     auto noised = [&](Vec value, uint32_t bits) {
         const Vec clamped = min(limit, max(none, value / scale + zero));
         return select(static_cast<Mask>(bits), (round_even(clamped) - zero) * scale, value);
     };
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(y + i, noised(load(x + i), bits_at(bitmap, offset + i)));
-    if (const int rest = static_cast<int>(count - i))
-        store_first(y + i, noised(load_first(x + i, rest), bits_at(bitmap, offset + i)), rest);
+    by_vector(first, count, noise, [&](int64_t i, int lanes, uint32_t bits) {
+        if (lanes == kLanes)
+            store(y + i, noised(load(x + i), bits));
+        else
+            store_first(y + i, noised(load_first(x + i, lanes), bits), lanes);
+    });
 }
 
 template <typename In, typename Out>
 void forward(const In* x, Out* y, int64_t n, const Quantizer& q, int32_t threshold, const int64_t* seed) {
-    parallel_for(n, kChunk, [&](int64_t begin, int64_t end) {
-        alignas(64) uint8_t bitmap[kBitmapBytes];
-        for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
-            const int64_t count = end - chunk < kChunk ? end - chunk : kChunk;
-            fill_noise(bitmap, chunk, count, seed, threshold);
-            by_scale(q, chunk, chunk + count, [&](int64_t first, int64_t last, float s, float z) {
-                forward_run(x + first, y + first, last - first, s, z, q.top, bitmap, first - chunk);
-            });
-        }
+    parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
+        Noise noise(seed, threshold);
+        by_scale(q, begin, end, [&](int64_t first, int64_t last, float s, float z) {
+            forward_run(x + first, y + first, first, last - first, s, z, q.top, noise);
+        });
     });
 }
 
-// Straight-through gradient of one stretch; `draw` fills the bitmap of the chunk when it is first needed.
-template <typename Grad, typename In, typename Draw>
-void backward_run(const Grad* grad, const In* x, In* grad_x, int64_t count, float s, float z, float top,
-                  const uint8_t* bitmap, int64_t offset, const Draw& draw) {
-    const Vec low = splat((0.0f - z) * s), high = splat((top - z) * s);
+// Straight-through gradient of one stretch: draws are made only where a value lies outside the range.
+template <typename Grad, typename In>
+void backward_run(const Grad* grad, const In* x, In* grad_x, int64_t first, int64_t count, float s, float z,
+                  float top, Noise& noise) {
+    const Vec low = splat((0.0f - z) * s), high = splat((top - z) * s), none = splat(0.0f);
     auto stopped = [&](Vec value, int64_t i) {
-        const Mask outside = less(value, low) | less(high, value);
-        if (!outside) return outside;
-        draw();
-        return static_cast<Mask>(outside & bits_at(bitmap, offset + i));
+        Mask outside = less(value, low) | less(high, value);
+        if (outside) outside &= static_cast<Mask>(mask_at(noise, first + i));
+        return outside;
     };
-    const Vec none = splat(0.0f);
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes)
         store(grad_x + i, select(stopped(load(x + i), i), none, load(grad + i)));
-    if (const int rest = static_cast<int>(count - i))
-        store_first(grad_x + i, select(stopped(load_first(x + i, rest), i), none, load_first(grad + i, rest)), rest);
+    if (const int rest = static_cast<int>(count - i)) {
+        // lanes past the end hold 0, which may lie outside the range: they are not stored
+        const Mask mask = stopped(load_first(x + i, rest), i);
+        store_first(grad_x + i, select(mask, none, load_first(grad + i, rest)), rest);
+    }
 }
 
 template <typename Grad, typename In>
 void backward(const Grad* grad, const In* x, In* grad_x, int64_t n, const Quantizer& q, int32_t threshold,
               const int64_t* seed) {
-    parallel_for(n, kChunk, [&](int64_t begin, int64_t end) {
-        alignas(64) uint8_t bitmap[kBitmapBytes];
-        for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
-            const int64_t count = end - chunk < kChunk ? end - chunk : kChunk;
-            bool drawn = false;
-            auto draw = [&] {
-                if (!drawn) fill_noise(bitmap, chunk, count, seed, threshold);
-                drawn = true;
-            };
-            by_scale(q, chunk, chunk + count, [&](int64_t first, int64_t last, float s, float z) {
-                backward_run(grad + first, x + first, grad_x + first, last - first, s, z, q.top, bitmap,
-                             first - chunk, draw);
-            });
-        }
+    parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
+        Noise noise(seed, threshold);
+        by_scale(q, begin, end, [&](int64_t first, int64_t last, float s, float z) {
+            backward_run(grad + first, x + first, grad_x + first, first, last - first, s, z, q.top, noise);
+        });
     });
 }
 

@@ -160,7 +160,7 @@ LAYERS = {
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("noise", NOISES)
 def test_every_noisy_layer_is_captured_whole(kind, noise):
-    """Traced, made functional and differentiated by the compiler without a break; the same numbers as eager."""
+    """Traced, made functional and differentiated without a break; the same numbers as eager."""
     make, data = LAYERS[kind]
     torch.manual_seed(0)
     layer, x = qnk.quantize_(make(), NOISES[noise]), data()
@@ -180,10 +180,11 @@ def test_every_noisy_layer_is_captured_whole(kind, noise):
     assert torch.equal(compiled(x), eager(x))
 
 
+PACKED = [qnk.Int8WeightOnlyConfig(), qnk.Int4WeightOnlyConfig(group_size=4, symmetric=True)]
+
+
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(
-    "config", [qnk.Int8WeightOnlyConfig(), qnk.Int4WeightOnlyConfig(group_size=4, symmetric=True)]
-)
+@pytest.mark.parametrize("config", PACKED)
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_every_packed_layer_is_captured_whole(kind, config):
     make, data = LAYERS[kind]

@@ -66,7 +66,7 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{path}: its contents do not match its sha256; it was damaged or edited")
     try:
         specification = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: specification: expected JSON ({error})") from error
     return specification, tensors
 

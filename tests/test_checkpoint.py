@@ -187,6 +187,9 @@ def test_views_of_one_storage_are_saved_apart(tmp_path):
     model.register_buffer("left", whole[:, :3])
     model.register_buffer("top", whole[:2])
     model.register_buffer("whole", whole)
+    model.register_buffer("empty", whole[:0])
+    model.register_buffer("scalar", torch.tensor(7))
+    model.register_buffer("flags", torch.tensor([True, False]))
     qnk.save_compressed(model, tmp_path / "m")
     loaded = nn.Module()
     for name, tensor in model.named_buffers():
@@ -272,15 +275,10 @@ def test_other_files(tmp_path):
     assert_refused(fresh(), tmp_path / "newer", "version: expected '1', got '7'")
     save_file({"a": torch.ones(1)}, tmp_path / "bare", {"format": "qnkernels", "version": "1"})
     assert_refused(fresh(), tmp_path / "bare", "specification: expected in the metadata, got none")
-    text = "{not json"
-    metadata = {
-        "format": "qnkernels",
-        "version": "1",
-        "specification": text,
-        "sha256": container.digest(text, {}),
-    }
-    save_file({}, tmp_path / "json", metadata)
-    assert_refused(fresh(), tmp_path / "json", "specification: expected JSON")
+    for text in ("{not json", "[" * 100_000):
+        metadata = {"format": "qnkernels", "version": "1", "specification": text}
+        save_file({}, tmp_path / "json", {**metadata, "sha256": container.digest(text, {})})
+        assert_refused(fresh(), tmp_path / "json", "specification: expected JSON")
 
 
 def test_an_edited_specification_does_not_match_its_digest(tmp_path):

@@ -20,11 +20,18 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 class NoisyLayer(nn.Module):
-    """What the noisy layers share: noise on the weight and, where wanted, activation_noise on the output."""
+    """What the noisy layers share: noise on the weight and, where wanted, activation_noise on the output.
+
+    A layer built anew, with the arguments of the plain one, has the scalar noise of ScalarNoise's defaults.
+    """
 
     PLAIN: ClassVar[type[nn.Module]]
     noise: ScalarNoise | BlockNoise
     activation_noise: ActivationNoise | None
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        add_noise_(self, *make_noise(self))
 
     def _output(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.activation_noise is None else self.activation_noise(y)

@@ -267,6 +267,19 @@ def test_from_shares_parameters_and_leaves_the_original():
         NoisyLinear.from_linear(nn.Bilinear(2, 2, 2))
 
 
+@pytest.mark.parametrize(
+    ("noisy_class", "arguments"),
+    [(NoisyLinear, (24, 7)), (NoisyEmbedding, (13, 16, 2)), (NoisyConv2d, (4, 6, 3))],
+)
+def test_built_anew_with_default_noise(noisy_class, arguments):
+    torch.manual_seed(12)
+    module = noisy_class(*arguments)
+    torch.manual_seed(12)
+    plain = noisy_class.PLAIN(*arguments)
+    assert torch.equal(module.weight, plain.weight) and list(module.state_dict()) == list(plain.state_dict())
+    assert (module.noise.bits, module.noise.p, module.activation_noise) == (8, 0.5, None)
+
+
 def test_changing_bits_between_forward_and_backward_keeps_the_gradient_of_the_forward():
     torch.manual_seed(9)
     linear = nn.Linear(16, 8)

@@ -17,6 +17,7 @@ import torch
 
 from harness import Case, Contender, compiled, ours
 from qnkernels import functional as F
+from qnkernels.reference.range import minmax
 
 BITS = 8
 
@@ -35,7 +36,7 @@ def make_inputs(shape, dtype, out_dtype, axis, device, index) -> Inputs:
     generator = torch.Generator(device).manual_seed(index)
     x = torch.randn(shape, device=device, generator=generator).to(dtype)
     grad = torch.randn(shape, device=device, generator=generator).to(dtype)
-    low, high = F.minmax(x, axis)
+    low, high = minmax(x, axis)
     scale, zero_point = F.quantization_parameters(0.9 * low, 0.9 * high, BITS)  # some values lie outside
     seed = torch.full((), index, dtype=torch.int64, device=device)
     return Inputs(x, grad, scale, zero_point, seed, torch.empty(shape, dtype=out_dtype, device=device))

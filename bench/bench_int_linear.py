@@ -21,6 +21,7 @@ from torch import nn
 from harness import Case, Contender, ours
 from qnkernels import functional as F
 from qnkernels.reference.int_linear import pack, quantize_weight, unpack
+from qnkernels.reference.range import minmax
 
 GROUP = {8: None, 4: 128}
 
@@ -39,7 +40,7 @@ def make_inputs(shape, batch, bits, dtype, device, index) -> Inputs:
     generator = torch.Generator(device).manual_seed(index)
     weight = torch.randn(shape, device=device, generator=generator) / shape[1] ** 0.5
     x = torch.randn(batch, shape[1], device=device, generator=generator).to(dtype)
-    low, high = F.minmax(weight, group_size=GROUP[bits] or shape[1])
+    low, high = minmax(weight, group_size=GROUP[bits] or shape[1])
     scale, zero_point = F.quantization_parameters(low, high, bits)
     packed = pack(quantize_weight(weight, scale, zero_point, bits), bits)
     return Inputs(x, weight.to(dtype), bits, packed, scale, zero_point.to(torch.uint8))
@@ -130,7 +131,7 @@ def bitsandbytes(inputs: Inputs) -> Callable:
     return inference(layer.to(inputs.x.device), inputs.x)
 
 
-# package -> (module that must import, bits it has, device types, call)
+# package -> (module that must import, bits it has, device types, call); bitsandbytes waits for the device
 OPTIONAL = {
     "torchao": ("torchao", (8,), ("cpu", "cuda"), torchao),
     "optimum-quanto": ("optimum.quanto", (8, 4), ("cpu", "cuda"), quanto),
@@ -166,7 +167,8 @@ def contenders(batch, bits, dtype, device_type) -> list[Contender]:
         found.append(Contender("_weight_int4pack_mm", "peer", int4pack))
     for name, (_, their_bits, devices, prepare) in OPTIONAL.items():
         if name not in LEFT_OUT and bits in their_bits and device_type in devices:
-            found.append(Contender(f"{name} {version(name)}", "peer", prepare))
+            capture = name != "bitsandbytes"
+            found.append(Contender(f"{name} {version(name)}", "peer", prepare, capture=capture))
     return found
 
 

@@ -48,12 +48,10 @@ def observe(x):
 
 
 def histogram_contenders(axis, device_type) -> list[Contender]:
-    peers = (
-        [] if axis is not None else [Contender("HistogramObserver", "peer", lambda x: partial(observe, x))]
-    )
+    observer = Contender("HistogramObserver", "peer", lambda x: partial(observe, x), capture=False)
     return [
         *ours("histogram_range", device_type, lambda x: partial(F.histogram_range, x, BITS, axis)),
-        *peers,
+        *([observer] if axis is None else []),
         Contender("sum", "ceiling", lambda x: x.sum),
     ]
 

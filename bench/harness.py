@@ -27,6 +27,7 @@ class Contender:
     role: str
     prepare: Callable[[object], Callable[[], object]]
     backend: str | None = None  # forced while it runs
+    capture: bool = True  # on a GPU, into a graph; not for what waits for the device or launches thousands
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,18 @@ def ours(op: str, device_type: str, prepare: Callable) -> list[Contender]:
     """
     names = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}[device_type]
     found = [Contender(name, "ours", prepare, backend=name) for name in names if has_kernel(name, op)]
-    return [*found, Contender("reference", "reference", prepare, backend="reference")]
+    return [*found, _reference(prepare)]
 
 
 def served(op: str, device_type: str, prepare: Callable) -> list[Contender]:
     """As `ours`, where several ops work together: the backend that users get, unforced, and the reference."""
     name = serving(op, device_type)
     found = [] if name == "reference" else [Contender(name, "ours", prepare)]
-    return [*found, Contender("reference", "reference", prepare, backend="reference")]
+    return [*found, _reference(prepare)]
+
+
+def _reference(prepare: Callable) -> Contender:
+    return Contender("reference", "reference", prepare, backend="reference", capture=False)
 
 
 def has_kernel(backend: str, op: str) -> bool:
@@ -152,7 +157,6 @@ def measure(case: Case, device: torch.device, budget: Budget) -> Measurement:
     with _side_stream(device), _no_garbage_collection():
         sets = samplers.input_sets(case.moved_bytes, device)
         inputs = [case.inputs(device, index) for index in range(sets)]
-        sampler = samplers.on_cuda if device.type == "cuda" else samplers.on_cpu
         samples, takers, quotas, failures = {}, {}, {}, {}
         contenders = case.contenders(device.type)
         for contender in contenders:
@@ -160,7 +164,9 @@ def measure(case: Case, device: torch.device, budget: Budget) -> Measurement:
             try:
                 with _forced(contender.backend):
                     runs = [contender.prepare(one) for one in inputs]
-                    sample, calls, timer = sampler(runs, budget.sample_seconds)
+                    sample, calls, timer = samplers.sampler(
+                        runs, budget.sample_seconds, device, contender.capture
+                    )
                     longest = max(sample(), sample()) * calls
             except Exception as error:
                 failures[contender.name] = _in_one_line(error)

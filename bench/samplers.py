@@ -28,8 +28,14 @@ def input_sets(moved_bytes: int, device: torch.device) -> int:
     return min(MAX_SETS, max(1, math.ceil(CACHE_MULTIPLE * cache / max(moved_bytes, 1))))
 
 
-def on_cpu(runs: list[Callable], sample_seconds: float) -> Sampler:
-    run = runs[0]
+def sampler(runs: list[Callable], sample_seconds: float, device: torch.device, capture: bool) -> Sampler:
+    """A sampler of the same call on one or several input sets, at least `sample_seconds` long."""
+    if device.type == "cuda":
+        return _on_cuda(runs, sample_seconds, capture)
+    return _on_cpu(runs[0], sample_seconds)
+
+
+def _on_cpu(run: Callable, sample_seconds: float) -> Sampler:
 
     def timed(calls: int) -> float:
         start = time.perf_counter()
@@ -42,7 +48,7 @@ def on_cpu(runs: list[Callable], sample_seconds: float) -> Sampler:
     return lambda: timed(calls), calls, "wall"
 
 
-def on_cuda(runs: list[Callable], sample_seconds: float) -> Sampler:
+def _on_cuda(runs: list[Callable], sample_seconds: float, capture: bool) -> Sampler:
     kept: list[object] = [None] * len(runs)
 
     def work(calls: int) -> None:
@@ -52,7 +58,7 @@ def on_cuda(runs: list[Callable], sample_seconds: float) -> Sampler:
     work(max(3, len(runs)))
     once = _between_events(lambda: work(len(runs))) / len(runs)
     calls = len(runs) * max(1, math.ceil(sample_seconds / once / len(runs)))
-    graph = _capture(lambda: work(min(calls, MAX_GRAPH_CALLS)))
+    graph = _capture(lambda: work(min(calls, MAX_GRAPH_CALLS))) if capture else None
     if graph is None:
         return lambda: _between_events(lambda: work(calls)) / calls, calls, "events"
     calls = min(calls, MAX_GRAPH_CALLS)

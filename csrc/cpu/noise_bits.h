@@ -45,9 +45,11 @@ class NoiseWords {
         constexpr __mmask16 kHighHalves = 0xAAAA;
         const __m512i low = _mm512_mask_shuffle_epi32(c0, kHighHalves, c1, _MM_PERM_CCAA);
         const __m512i high = _mm512_mask_shuffle_epi32(c2, kHighHalves, c3, _MM_PERM_CCAA);
-        const uint64_t first = _mm512_cmplt_epu16_mask(_mm512_unpacklo_epi64(low, high), limit_);
-        const uint64_t second = _mm512_cmplt_epu16_mask(_mm512_unpackhi_epi64(low, high), limit_);
-        return first | (second << 32);
+        uint32_t first = _mm512_cmplt_epu16_mask(_mm512_unpacklo_epi64(low, high), limit_);
+        uint32_t second = _mm512_cmplt_epu16_mask(_mm512_unpackhi_epi64(low, high), limit_);
+        // GCC 12 may spill a mask register as 32 bits and widen it by reading 64: go through a general register
+        __asm__("" : "+r"(first), "+r"(second));
+        return first | (static_cast<uint64_t>(second) << 32);
     }
 
   private:

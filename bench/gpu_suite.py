@@ -83,7 +83,7 @@ def run_tests(log: Log, only: str | None, folder: Path, device: str) -> None:
     nothing_selected = only is not None and result.returncode == NO_TESTS
     if result.returncode and not nothing_selected:
         log.fail("tests", output)
-    if rows:
+    if rows and device == "cuda":
         facts = environment.describe(torch.device(device))
         kept = {name: facts[name] for name in ("device", "commit", "date")}
         summary.update_tested(folder, [{**row, **kept} for row in rows])

@@ -1,0 +1,22 @@
+"""The command line: qnkernels demo, compress, bench, doctor."""
+
+import typer
+
+from .bench import bench
+from .compress import compress
+from .demo import demo
+from .doctor import doctor
+
+app = typer.Typer(
+    name="qnkernels",
+    help="Train with quantization noise, compress, and serve the compressed layers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, compress, bench, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,1 @@
+"""The demo: its model, text, trainings, results and picture."""

@@ -1,0 +1,44 @@
+"""The demo's picture: perplexity against size on disk."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from .files import replacing
+from .results import Row
+
+# Okabe and Ito's colours, told apart by all kinds of colour vision, and markers for print.
+STYLES = {
+    "after training": ("#d55e00", "s"),
+    "QAT": ("#0072b2", "^"),
+    "Quant-Noise": ("#009e73", "o"),
+}
+FULL = ("#333333", "D")
+
+
+def draw(rows: list[Row], path: Path, title: str) -> None:
+    """Write a PNG: one point per row, one line per method."""
+    figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    full = [row for row in rows if row.bits == 32]
+    for row in full:
+        axes.axhline(row.perplexity, color=FULL[0], linewidth=0.8, linestyle=":", zorder=1)
+    for method, (color, marker) in STYLES.items():
+        points = sorted((row.bytes / 1e6, row.perplexity) for row in rows if row.method == method)
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=7, label=method)
+    for row in full:
+        axes.plot(row.bytes / 1e6, row.perplexity, FULL[1], color=FULL[0], markersize=7, label=row.method)
+    axes.set_xscale("log")
+    sizes = {row.precision: row.bytes / 1e6 for row in rows}
+    axes.set_xticks(list(sizes.values()), [f"{name}\n{size:.2f} MB" for name, size in sizes.items()])
+    axes.minorticks_off()
+    axes.margins(x=0.12, y=0.12)
+    axes.set_xlabel("size on disk (logarithmic)")
+    axes.set_ylabel("validation perplexity per token (lower is better)")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary)

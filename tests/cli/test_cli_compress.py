@@ -1,0 +1,149 @@
+"""qnkernels compress."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_model
+from torch import nn
+from typer.testing import CliRunner
+
+import qnkernels as qnk
+from qnkernels.cli import app
+
+runner = CliRunner()
+FACTORY = "compress_me:build"
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(33, 48)
+        self.inner = nn.Linear(48, 48)
+        self.head = nn.Linear(48, 33, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.inner(self.embedding(tokens))))
+
+
+@pytest.fixture(autouse=True)
+def factory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    module = SimpleNamespace(build=Model, number=lambda: 7)
+    monkeypatch.setitem(sys.modules, "compress_me", module)
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(11)
+    return Model()
+
+
+@pytest.fixture
+def checkpoint(model: Model, tmp_path: Path) -> Path:
+    path = tmp_path / "weights.safetensors"
+    save_model(model, path)
+    return path
+
+
+def compress(*arguments: object) -> dict:
+    result = runner.invoke(app, ["compress", *map(str, arguments), f"--model={FACTORY}", "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "options", [[], ["--group-size=16"], ["--per=tensor"], ["--observer=histogram"], ["--symmetric"]]
+)
+def test_the_file_is_the_model_quantized(
+    model: Model, checkpoint: Path, bits: int, options: list[str]
+) -> None:
+    summary = compress(checkpoint, f"--bits={bits}", *options)
+    path = checkpoint.with_name(f"weights-int{bits}.safetensors")
+    assert summary["file"] == str(path) and summary["bytes"] == path.stat().st_size
+    assert summary["bytes_before"] == checkpoint.stat().st_size
+    config = {8: qnk.Int8WeightOnlyConfig, 4: qnk.Int4WeightOnlyConfig}[bits](
+        group_size=16 if "--group-size=16" in options else None,
+        per="tensor" if "--per=tensor" in options else "channel",
+        observer="histogram" if "--observer=histogram" in options else "minmax",
+        symmetric="--symmetric" in options,
+    )
+    tokens = torch.randint(0, 33, (3, 7))
+    loaded = qnk.load_compressed(Model(), path).eval()
+    assert torch.equal(loaded(tokens), qnk.quantize_(model, config).eval()(tokens))
+
+
+def test_report_of_layers(model: Model, checkpoint: Path) -> None:
+    layers = {layer["name"]: layer for layer in compress(checkpoint, "--bits=4")["layers"]}
+    assert list(layers) == ["embedding", "inner"]  # the head shares the weight of the embedding
+    inner = layers["inner"]
+    assert (inner["shape"], inner["bits"], inner["before"]) == ([48, 48], 4, 48 * 48 * 4)
+    assert inner["after"] == 48 * 48 // 2 + 48 * 4 + 48
+    decoded = qnk.nn.IntLinear.from_linear(model.inner, bits=4).weight
+    expected = ((decoded - model.inner.weight).norm() / model.inner.weight.norm()).item()
+    assert inner["error"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_skip_leaves_layers(model: Model, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "part.safetensors"
+    summary = compress(checkpoint, "--skip=^inn", f"--out={out}")
+    assert [layer["name"] for layer in summary["layers"]] == ["embedding"]
+    loaded = qnk.load_compressed(Model(), out)
+    assert type(loaded.inner) is nn.Linear and torch.equal(loaded.inner.weight, model.inner.weight)
+
+
+def test_a_checkpoint_of_the_library_is_read(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "full.safetensors"
+    qnk.save_compressed(model, path)
+    assert len(compress(path)["layers"]) == 2
+
+
+def test_table(checkpoint: Path) -> None:
+    result = runner.invoke(app, ["compress", str(checkpoint), f"--model={FACTORY}"])
+    assert result.exit_code == 0, result.output
+    for word in ("embedding", "inner", "48 x 48", "whole file"):
+        assert word in result.stdout
+
+
+def fails(message: str, *arguments: object) -> None:
+    result = runner.invoke(app, ["compress", *map(str, arguments)])
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split()), result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_bad_input(checkpoint: Path, tmp_path: Path) -> None:
+    model = f"--model={FACTORY}"
+    fails("bits: expected one of [4, 8], got 3", checkpoint, model, "--bits=3")
+    fails("checkpoint: no such file", tmp_path / "none.safetensors", model)
+    fails("model: expected module:function, got 'nothing'", checkpoint, "--model=nothing")
+    fails("model: no_such_module:build: No module named", checkpoint, "--model=no_such_module:build")
+    fails("to return a torch.nn.Module, got int", checkpoint, "--model=compress_me:number")
+    fails("does not fit the model", checkpoint, "--model=torch.nn:Identity")
+    fails("skip: expected a regular expression, got '('", checkpoint, model, "--skip=(")
+    fails("out: expected another file than the checkpoint", checkpoint, model, f"--out={checkpoint}")
+    fails("group_size", checkpoint, model, "--group-size=7")
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+
+def test_a_compressed_file_is_not_compressed_again(checkpoint: Path) -> None:
+    compress(checkpoint)
+    path = checkpoint.with_name("weights-int8.safetensors")
+    fails("is compressed already", path, f"--model={FACTORY}")
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    path = tmp_path / "weights.pt"
+    path.write_bytes(pickle.dumps(Bomb()))
+    fails("is not a whole .safetensors file", path, f"--model={FACTORY}")
+    assert not (tmp_path / "exploded").exists()

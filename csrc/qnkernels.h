@@ -57,7 +57,8 @@ QNK_API int qnk_cpu_fake_quantize(const void* x, int x_dtype, void* y, int y_dty
                                   const float* scale, const float* zero_point, int64_t channels,
                                   int64_t inner, const int64_t* bits, int32_t threshold, const int64_t* seed);
 
-// grad_x [n] <- straight-through gradient, in the dtype of x.
+// grad_x [n] <- straight-through gradient, in the dtype of x. grad_x may be grad, with the same dtype: then
+// only what is stopped is written.
 QNK_API int qnk_cpu_fake_quantize_backward(const void* grad, int grad_dtype, const void* x, void* grad_x,
                                            int x_dtype, int64_t n, const float* scale,
                                            const float* zero_point, int64_t channels, int64_t inner,

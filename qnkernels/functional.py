@@ -2,7 +2,7 @@
 
 import torch
 
-from . import ops  # noqa: F401  (registers torch.ops.qnkernels)
+from . import ops
 from .reference.range import quantization_parameters
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "int_embedding",
     "int_linear",
     "minmax",
+    "noisy_linear",
     "quantization_parameters",
     "update_range_",
 ]
@@ -116,6 +117,31 @@ def fake_quantize(
         group_size,
         dtype,
     )
+
+
+def noisy_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | float,
+    zero_point: torch.Tensor | float,
+    bits: int | torch.Tensor = 8,
+    axis: int | None = None,
+    group_size: int | None = None,
+    p: float = 1.0,
+    seed: int | torch.Tensor = 0,
+) -> torch.Tensor:
+    """F.linear(x, fake_quantize(weight, ...), bias), with one pass over the weight's gradient less.
+
+    x [..., in], weight [out, in] and bias [out] or None, all of one dtype; the rest as for fake_quantize.
+    Returns [..., out]. Raises ValueError (shapes, p, bits, device) and TypeError (dtypes).
+    """
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
+    device = weight.device
+    scale, zero_point = _parameter(scale, device), _parameter(zero_point, device)
+    quantizer = (scale, zero_point, _bits(bits, device), p, _seed(seed, device), axis, group_size)
+    return ops.noisy_linear.noisy_linear(x, weight, bias, *quantizer)
 
 
 def block_noise(

@@ -63,8 +63,10 @@ class CpuKernels:
         raise_for_status(status)
         return y
 
-    def fake_quantize_backward(self, grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None):
-        grad_x = torch.empty_like(x)
+    def fake_quantize_backward(
+        self, grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, out=None
+    ):
+        grad_x = torch.empty_like(x) if out is None else out
         _, channels, inner = layout(x, axis, group_size)
         status = self._c["fake_quantize_backward"](
             *(

@@ -154,21 +154,26 @@ class ScalarNoise(ObservedRange):
     def forward(self, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """weight [out, ...] -> its noised copy, in `dtype` (that of weight by default)."""
         rows = weight.flatten(1)
+        quantizer = self.quantizer(rows)
+        if quantizer is None:
+            return weight
+        return functional.fake_quantize(rows, **quantizer, dtype=dtype).view(weight.shape)
+
+    def quantizer(self, rows: torch.Tensor) -> dict | None:
+        """Observe weight [out, columns]; the arguments of functional.fake_quantize for it, or None."""
         p, seed = 1.0, 0
         if self.training:
             low, high = self.training_range(rows.detach())
             if self.p == 0.0:
-                return weight
-            p, seed = self.p, draw_seed(weight.device)
+                return None
+            p, seed = self.p, draw_seed(rows.device)
         else:
             low, high = self._range_now(rows.detach())
         # a copy, so that the precision may change between this forward and its backward
         bits = self.bits.clone()
         scale, zero_point = functional.quantization_parameters(low, high, bits)
-        noised = functional.fake_quantize(
-            rows, scale, zero_point, bits, self.axis, self.group_size, p, seed, dtype
-        )
-        return noised.view(weight.shape)
+        layout = dict(axis=self.axis, group_size=self.group_size)
+        return dict(scale=scale, zero_point=zero_point, bits=bits, p=p, seed=seed, **layout)
 
     def _range_now(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.observer == "minmax":

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import functional
 from ..ops.checks import fail
 from .noise import ActivationNoise, BlockNoise, ScalarNoise
 
@@ -70,8 +71,13 @@ class NoisyLinear(NoisyLayer, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [..., in] -> [..., out]."""
-        weight = self.noise(self.weight, autocast_dtype(self.weight.device.type))
-        return self._output(F.linear(input, weight, self.bias))
+        dtype = autocast_dtype(self.weight.device.type)
+        if isinstance(self.noise, ScalarNoise) and dtype is None and input.dtype == self.weight.dtype:
+            quantizer = self.noise.quantizer(self.weight)
+            if quantizer is None:
+                return self._output(super().forward(input))
+            return self._output(functional.noisy_linear(input, self.weight, self.bias, **quantizer))
+        return self._output(F.linear(input, self.noise(self.weight, dtype), self.bias))
 
 
 class NoisyEmbedding(NoisyLayer, nn.Embedding):

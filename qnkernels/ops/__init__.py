@@ -1,6 +1,6 @@
 """The ops, torch.ops.qnkernels.*: schema, argument checks, fake kernel, autograd, dispatch."""
 
-from . import block_noise, fake_quantize, int_linear, range
+from . import block_noise, fake_quantize, int_linear, noisy_linear, range
 
 OPS = (
     "minmax",
@@ -14,4 +14,4 @@ OPS = (
     "int_embedding",
 )
 
-__all__ = ["OPS", "block_noise", "fake_quantize", "int_linear", "range"]
+__all__ = ["OPS", "block_noise", "fake_quantize", "int_linear", "noisy_linear", "range"]

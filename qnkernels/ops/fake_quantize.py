@@ -60,6 +60,25 @@ def fake_quantize_backward(grad, x, scale, zero_point, bits, p, seed, axis=None,
     return kernel(grad.contiguous(), x.contiguous(), scale, zero_point, bits, p, seed, axis, group_size)
 
 
+def _check_in_place(grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None):
+    _check_backward(grad, x, scale, zero_point, bits, p, seed, axis, group_size)
+    checks.check_dtype("grad", grad, x.dtype)
+    if not grad.is_contiguous():
+        checks.fail("grad", "a contiguous tensor", f"strides {grad.stride()}")
+
+
+@op(
+    "fake_quantize_backward_(Tensor(a!) grad, Tensor x, Tensor scale, Tensor zero_point, Tensor bits, "
+    "float p, Tensor seed, int? axis=None, int? group_size=None) -> ()",
+    _check_in_place,
+)
+def fake_quantize_backward_(grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None):
+    _check_in_place(grad, x, scale, zero_point, bits, p, seed, axis, group_size)
+    kernel = select("fake_quantize_backward", x.device.type)
+    scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    kernel(grad, x.contiguous(), scale, zero_point, bits, p, seed, axis, group_size, out=grad)
+
+
 def _setup_context(ctx, inputs, output):
     x, scale, zero_point, bits, p, seed, axis, group_size, _dtype = inputs
     ctx.save_for_backward(x, scale, zero_point, bits, seed)

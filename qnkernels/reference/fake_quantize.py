@@ -39,12 +39,14 @@ def fake_quantize_backward(
     seed: torch.Tensor,
     axis: int | None = None,
     group_size: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Straight-through gradient in the dtype of x: 0 where x is noised and outside
-    [-z * s, (2^bits - 1 - z) * s], grad elsewhere.
+    [-z * s, (2^bits - 1 - z) * s], grad elsewhere. Written to `out` if given, which may be grad itself.
     """
     s = expand_to_elements(scale, x.shape, axis, group_size)
     z = expand_to_elements(zero_point, x.shape, axis, group_size)
     outside = (x.float() < (0.0 - z) * s) | (x.float() > (level_count(bits) - 1 - z) * s)
     stopped = noise_mask(x.numel(), p, seed).reshape(x.shape) & outside
-    return grad.to(x.dtype).masked_fill(stopped, 0.0)
+    passed = grad.to(x.dtype).masked_fill(stopped, 0.0)
+    return passed if out is None else out.copy_(passed)

@@ -36,7 +36,11 @@ def test_cpu_equals_reference(shape, dtype):
             assert_identical(cpu[forward](*arguments, out_dtype), reference[forward](*arguments, out_dtype))
             grad = torch.randn(shape, generator=generator).to(out_dtype)
             backward = "fake_quantize_backward"
-            assert_identical(cpu[backward](grad, *arguments), reference[backward](grad, *arguments))
+            expected = reference[backward](grad, *arguments)
+            assert_identical(cpu[backward](grad, *arguments), expected)
+            if out_dtype == dtype:  # in place
+                assert_identical(cpu[backward](grad, *arguments, out=grad), expected)
+                assert_identical(grad, expected)
 
 
 @pytest.mark.parametrize("bits", range(2, 17))

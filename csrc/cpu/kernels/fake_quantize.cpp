@@ -2,7 +2,7 @@
 //
 // Per element of fp32: 4 bytes read, 4 written. Per 16 elements: 15 vector instructions of Philox (a quarter of
 // 10 rounds of 6) and about 11 of the quantizer, 13 cycles on two 512-bit ports; the divider needs 10 of them.
-// Backward: 8 bytes read, 4 written; draws are made only where a value lies outside the range.
+// Backward: 8 bytes read, 4 written (in place: 4 read); draws are made only where a value lies outside the range.
 #include <type_traits>
 
 #include "common/affine.h"
@@ -103,6 +103,11 @@ void backward_run(const Grad* grad, const In* x, In* grad_x, int64_t first, int6
         return outside;
     };
     int64_t i = 0;
+    if (static_cast<const void*>(grad) == static_cast<const void*>(grad_x)) {
+        for (; i + kLanes <= count; i += kLanes)
+            if (const Mask mask = stopped(load(x + i), i))
+                store(grad_x + i, select(mask, none, load(grad_x + i)));
+    }
     for (; i + kLanes <= count; i += kLanes)
         store(grad_x + i, select(stopped(load(x + i), i), none, load(grad + i)));
     if (const int rest = static_cast<int>(count - i)) {

@@ -52,6 +52,12 @@ QNK_API int qnk_cpu_minmax(const void* x, int dtype, int64_t outer, int64_t chan
 QNK_API int qnk_cpu_histogram_range(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
                                     const int64_t* bits, float* low, float* high);
 
+// scale, zero_point [n] <- those of the 2^bits quantizer over each [low, high], widened to hold 0. A range of
+// width 0 gives scale 1. symmetric: zero point 2^(bits - 1), and -high and high fit.
+QNK_API int qnk_cpu_quantization_parameters(const float* low, const float* high, int64_t n,
+                                            const int64_t* bits, int symmetric, float* scale,
+                                            float* zero_point);
+
 // y [n] <- quantization noise on x [n]: noised where the draw of (seed, i) < threshold (0 to 65536).
 QNK_API int qnk_cpu_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n,
                                   const float* scale, const float* zero_point, int64_t channels,

@@ -3,7 +3,6 @@
 import torch
 
 from . import ops
-from .reference.range import quantization_parameters
 
 __all__ = [
     "block_noise",
@@ -62,6 +61,18 @@ def histogram_range(
     Shapes as for `minmax`.
     """
     return torch.ops.qnkernels.histogram_range(x, _bits(bits, x.device), axis, group_size)
+
+
+def quantization_parameters(
+    low: torch.Tensor, high: torch.Tensor, bits: int | torch.Tensor = 8, symmetric: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point (fp32, integer valued) of the 2^bits quantizer over each range [low, high].
+
+    low, high: fp32 of any one shape, which the results have. The range is widened to hold 0, so that 0 is
+    a level: s = (high - low) / (2^bits - 1), z = round(-low / s). symmetric: z = 2^(bits - 1), and -high
+    and high fit. A range of width 0 gives s = 1.
+    """
+    return torch.ops.qnkernels.quantization_parameters(low, high, _bits(bits, low.device), symmetric)
 
 
 def update_range_(

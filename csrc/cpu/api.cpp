@@ -65,6 +65,11 @@ int qnk_cpu_histogram_range(const void* x, int dtype, int64_t outer, int64_t cha
     return table().histogram_range(x, dtype, outer, channels, inner, bits, low, high);
 }
 
+int qnk_cpu_quantization_parameters(const float* low, const float* high, int64_t n, const int64_t* bits,
+                                    int symmetric, float* scale, float* zero_point) {
+    return table().quantization_parameters(low, high, n, bits, symmetric, scale, zero_point);
+}
+
 int qnk_cpu_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n, const float* scale,
                           const float* zero_point, int64_t channels, int64_t inner, const int64_t* bits,
                           int32_t threshold, const int64_t* seed) {

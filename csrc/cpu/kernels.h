@@ -6,6 +6,7 @@
 #define QNK_CPU_KERNELS(X)                                                                             \
     X(minmax)                                                                                          \
     X(histogram_range)                                                                                 \
+    X(quantization_parameters)                                                                         \
     X(fake_quantize)                                                                                   \
     X(fake_quantize_backward)                                                                          \
     X(block_noise)                                                                                     \

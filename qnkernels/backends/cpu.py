@@ -44,6 +44,15 @@ class CpuKernels:
         raise_for_status(self._c["histogram_range"](*arguments))
         return low, high
 
+    def quantization_parameters(self, low, high, bits, symmetric=False):
+        scale, zero_point = torch.empty_like(low), torch.empty_like(low)
+        status = self._c["quantization_parameters"](
+            *(low.data_ptr(), high.data_ptr(), low.numel(), bits.data_ptr(), symmetric),
+            *(scale.data_ptr(), zero_point.data_ptr()),
+        )
+        raise_for_status(status)
+        return scale, zero_point
+
     @staticmethod
     def _empty_range(x, axis, group_size):
         if group_size is not None:

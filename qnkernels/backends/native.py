@@ -31,6 +31,7 @@ _FAKE_QUANTIZE = [
 CPU_ARGTYPES = {
     "minmax": [POINTER, INT, SIZE, SIZE, SIZE, POINTER, POINTER],
     "histogram_range": [POINTER, INT, SIZE, SIZE, SIZE, POINTER, POINTER, POINTER],
+    "quantization_parameters": [POINTER, POINTER, SIZE, POINTER, INT, POINTER, POINTER],
     "fake_quantize": _FAKE_QUANTIZE,
     "fake_quantize_backward": [
         *(POINTER, INT, POINTER, POINTER, INT, SIZE, POINTER, POINTER, SIZE, SIZE, POINTER),

@@ -9,6 +9,7 @@ def load() -> dict[str, Callable]:
     functions = (
         range.minmax,
         range.histogram_range,
+        range.quantization_parameters,
         range.update_range_,
         fake_quantize.fake_quantize,
         fake_quantize.fake_quantize_backward,

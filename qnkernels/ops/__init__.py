@@ -5,6 +5,7 @@ from . import block_noise, fake_quantize, int_linear, noisy_linear, range
 OPS = (
     "minmax",
     "histogram_range",
+    "quantization_parameters",
     "update_range_",
     "fake_quantize",
     "fake_quantize_backward",

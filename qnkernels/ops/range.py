@@ -42,6 +42,26 @@ def histogram_range(x, bits, axis=None, group_size=None):
     return select("histogram_range", x.device.type)(x.contiguous(), bits, axis, group_size)
 
 
+def _fake_quantization_parameters(low, high, bits, symmetric=False):
+    checks.check_dtype("low", low, torch.float32)
+    checks.check_dtype("high", high, torch.float32)
+    checks.check_same_device("high", high, low.device)
+    checks.check_counter("bits", bits, low.device)
+    if low.shape != high.shape:
+        checks.fail("high", f"the shape of low, {tuple(low.shape)}", tuple(high.shape))
+    return low.new_empty(low.shape), low.new_empty(low.shape)
+
+
+@op(
+    "quantization_parameters(Tensor low, Tensor high, Tensor bits, bool symmetric=False) -> (Tensor, Tensor)",
+    _fake_quantization_parameters,
+)
+def quantization_parameters(low, high, bits, symmetric=False):
+    _fake_quantization_parameters(low, high, bits, symmetric)
+    kernel = select("quantization_parameters", low.device.type)
+    return kernel(low.contiguous(), high.contiguous(), bits, symmetric)
+
+
 def _check_update(x, low, high, step, bits, observer, every, momentum, axis=None, group_size=None):
     _check(x, axis, group_size)
     checks.check_parameter("low", low, x, axis, group_size)

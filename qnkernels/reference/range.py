@@ -37,7 +37,7 @@ def quantization_parameters(
     if symmetric:
         bound = torch.maximum(-low, high)
         scale = bound / (levels / 2 - 1)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        scale = torch.where(scale != 0, scale, torch.ones_like(scale))
         return scale, torch.zeros_like(scale) + levels / 2
     scale = (high - low) / (levels - 1)
     # a denormal width over many levels underflows to 0, too

@@ -81,6 +81,22 @@ def test_quantization_parameters(bits):
     assert (zero_point == 2 ** (bits - 1)).all()
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_quantization_parameters_equal_reference(symmetric):
+    generator = torch.Generator().manual_seed(4)
+    bounds = torch.randn(2, 5, 40, generator=generator) * torch.tensor([1e-40, 1e-7, 1.0, 1e20, 3.0])[:, None]
+    bounds[:, 0, :3] = torch.tensor([[0.0, float("nan"), 1.0], [0.0, 1.0, float("nan")]])
+    low, high = bounds.amin(0), bounds.amax(0)
+    low[0, :3], high[0, :3] = bounds[0, 0, :3], bounds[1, 0, :3]
+    for bits in (2, 8, 16):
+        results = (
+            kernels(name)["quantization_parameters"](low, high, integer(bits), symmetric)
+            for name in ("cpu", "reference")
+        )
+        for actual, expected in zip(*results, strict=True):
+            assert_identical(actual, expected)
+
+
 def test_update_range_is_due_at_multiples():
     state = (torch.zeros(()), torch.zeros(()), integer(0))
     seen = []
@@ -111,6 +127,7 @@ def test_opcheck():
     x = torch.randn(6, 16)
     torch.library.opcheck(torch.ops.qnkernels.minmax.default, (x, 0))
     torch.library.opcheck(torch.ops.qnkernels.histogram_range.default, (x, integer(4), None, 8))
+    torch.library.opcheck(torch.ops.qnkernels.quantization_parameters.default, (x, x.abs(), integer(4)))
     state = (torch.zeros(6), torch.zeros(6), integer(0))
     for observer in ("minmax", "ema_minmax", "histogram"):
         arguments = (x, *state, integer(4), observer, 2, 0.5, 0)

@@ -51,8 +51,8 @@ void fill(Histogram& h, const T* x, int64_t outer, int64_t channels, int64_t inn
 // Sum of count * (centre - quantized centre)^2 with the quantizer over [low, high].
 double squared_error(const Histogram& h, float low, float high, float top) {
     float scale = (high - low) / top;
-    if (!(scale != 0.0f)) scale = 1.0f;
-    float zero_point = quantize_code(-low, scale, 0.0f, top);
+    if (scale == 0.0f) scale = 1.0f;
+    const float zero_point = quantize_code(-low, scale, 0.0f, top);
     double lane[8] = {};
     for (int i = 0; i < h.used; ++i) {
         const float error = fake_quantize_value(h.center[i], scale, zero_point, top) - h.center[i];

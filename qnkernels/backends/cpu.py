@@ -2,16 +2,24 @@
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 
 import torch
 
 from ..reference import range as reference_range
 from ..reference.philox import threshold
+from . import BackendUnavailable
 from .native import CPU_ARGTYPES, DTYPES, NOISE_KINDS, declare, layout, open_library, raise_for_status
 
 
+ISAS = ("portable", "avx2", "avx512", "amx")
+
+
 def load() -> dict[str, Callable]:
+    wanted = os.environ.get("QNKERNELS_ISA", "amx")
+    if wanted not in ISAS:
+        raise BackendUnavailable(f"QNKERNELS_ISA: expected one of {', '.join(ISAS)}, got {wanted!r}")
     kernels = CpuKernels(declare(open_library("cpu"), "cpu", CPU_ARGTYPES))
     names = [*CPU_ARGTYPES, "update_range_"]
     return {name: getattr(kernels, name) for name in names}

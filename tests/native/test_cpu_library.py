@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from qnkernels import BackendUnavailable, backend
-from qnkernels.backends import native
+from qnkernels.backends import cpu, native
 
 ISAS = ("portable", "avx2", "avx512", "amx")
 
@@ -92,6 +92,12 @@ def test_missing_and_broken_libraries_are_told_in_one_sentence(tmp_path, monkeyp
     (tmp_path / "libqnkernels_cpu.so").write_bytes(b"not a library")
     with pytest.raises(BackendUnavailable, match="does not load"):
         native.open_library("cpu")
+
+
+def test_unknown_instruction_set_is_told(monkeypatch):
+    monkeypatch.setenv("QNKERNELS_ISA", "avx1024")
+    with pytest.raises(BackendUnavailable, match=r"portable, avx2, avx512, amx, got 'avx1024'"):
+        cpu.load()
 
 
 def test_old_library_is_told(tmp_path):

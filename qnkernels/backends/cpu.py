@@ -12,7 +12,6 @@ from ..reference.philox import threshold
 from . import BackendUnavailable
 from .native import CPU_ARGTYPES, DTYPES, NOISE_KINDS, declare, layout, open_library, raise_for_status
 
-
 ISAS = ("portable", "avx2", "avx512", "amx")
 
 

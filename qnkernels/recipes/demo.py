@@ -41,7 +41,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(Shape(vocabulary=512, width=64, layers=2, heads=2, context=64), 16, 300, 4e-3, 16_384),
-    "small": Preset(Shape(vocabulary=1024, width=256, layers=4, heads=4, context=128), 16, 800, 2e-3, 65_536),
+    "small": Preset(Shape(vocabulary=768, width=64, layers=2, heads=2, context=64), 16, 3000, 4e-3, 131_072),
     "base": Preset(
         Shape(vocabulary=4096, width=512, layers=8, heads=8, context=256), 32, 5000, 1e-3, 262_144
     ),

@@ -167,6 +167,13 @@ def junit_case(op: str, backend: str, outcome: str = "") -> str:
     return f'<testcase name="a"><properties>{properties}</properties>{outcome}</testcase>'
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_a_gpu_test(op):
+    """So that a run of the suite can take it off the list of those that have never run."""
+    files = (run.ROOT / "tests" / "gpu").glob("test_*.py")
+    assert any(f'of("{op}")' in path.read_text() for path in files)
+
+
 def test_passed_and_failed_tests_are_counted_per_op_and_backend(tmp_path):
     path = tmp_path / "junit.xml"
     cases = [

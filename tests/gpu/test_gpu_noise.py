@@ -139,6 +139,24 @@ def gradient(x, s, z, axis, group_size, p, grad):
     return torch.autograd.grad(F.fake_quantize(x, s, z, 4, axis, group_size, p, 5), x, grad)[0]
 
 
+@pytest.mark.of("fake_quantize_backward")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_quantize_backward_in_place(device, backend, dtype):
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(67, 45, generator=generator).to(dtype)
+    grad = torch.randn(67, 45, generator=generator).to(dtype)
+    s, z = parameters(x, 4, 0, None, shrink=0.4)
+    rest = (s, z, torch.tensor(4), 0.5, torch.tensor(21), 0)
+    expected, actual = grad.clone(), grad.to(device)
+    with qnk.backend("reference"):
+        torch.ops.qnkernels.fake_quantize_backward_(expected, x, *rest)
+    with qnk.backend(backend):
+        moved = [one.to(device) if isinstance(one, torch.Tensor) else one for one in rest]
+        torch.ops.qnkernels.fake_quantize_backward_(actual, x.to(device), *moved)
+    assert_same_values(actual, expected)
+    assert not torch.equal(expected, grad)
+
+
 @pytest.mark.of("block_noise")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["zero", "mean"])

@@ -83,6 +83,29 @@ def test_histogram_range_of_a_layer(device, backend):
     assert_equal(actual, expected)
 
 
+@pytest.mark.of("quantization_parameters")
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_quantization_parameters(device, backend, bits, symmetric):
+    generator = torch.Generator().manual_seed(bits)
+    for shape in ((), (1,), (777,), (12, 5)):
+        ends = torch.randn(2, *shape, generator=generator)
+        for low, high in ((ends.amin(0), ends.amax(0)), (ends.abs().amin(0), ends.abs().amax(0))):
+            with qnk.backend("reference"):
+                expected = F.quantization_parameters(low, high, bits, symmetric)
+            with qnk.backend(backend):
+                actual = F.quantization_parameters(low.to(device), high.to(device), bits, symmetric)
+            assert_equal([one.cpu() for one in actual], expected)
+
+
+@pytest.mark.of("quantization_parameters")
+def test_quantization_parameters_of_a_range_without_width(device, backend):
+    zeros = torch.zeros(3)
+    with qnk.backend(backend):
+        scale, zero_point = F.quantization_parameters(zeros.to(device), zeros.to(device), 8)
+    assert_equal([scale.cpu(), zero_point.cpu()], [torch.ones(3), zeros])
+
+
 @pytest.mark.of("update_range_")
 @pytest.mark.parametrize("observer", ["minmax", "ema_minmax", "histogram"])
 @pytest.mark.parametrize("every", [0, 1, 3])

@@ -75,6 +75,7 @@ def test_the_current_stream_is_used(device, backend):
 OPS = {
     "minmax": lambda a: F.minmax(a["x"], 0),
     "histogram_range": lambda a: F.histogram_range(a["x"], 8),
+    "quantization_parameters": lambda a: F.quantization_parameters(a["low"], a["high"], a["bits"]),
     "update_range_": lambda a: F.update_range_(a["x"], a["low"], a["high"], a["step"], 8, "ema_minmax", 2),
     "fake_quantize": lambda a: F.fake_quantize(a["x"], a["s"], a["z"], 8, p=0.5, seed=a["seed"]),
     "fake_quantize_backward": lambda a: torch.ops.qnkernels.fake_quantize_backward(

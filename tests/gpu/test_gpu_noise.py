@@ -147,7 +147,7 @@ def test_fake_quantize_backward_in_place(device, backend, dtype):
     grad = torch.randn(67, 45, generator=generator).to(dtype)
     s, z = parameters(x, 4, 0, None, shrink=0.4)
     rest = (s, z, torch.tensor(4), 0.5, torch.tensor(21), 0)
-    expected, actual = grad.clone(), grad.to(device)
+    expected, actual = grad.clone(), grad.clone().to(device)
     with qnk.backend("reference"):
         torch.ops.qnkernels.fake_quantize_backward_(expected, x, *rest)
     with qnk.backend(backend):

@@ -1,0 +1,223 @@
+"""Scalar quantization noise and its straight-through gradient: one pass over the weight."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ...reference.philox import threshold
+from ..native import layout
+from . import launch
+from .launch import cdiv
+from .numeric import from_fp32, largest_code, nearest_code, to_fp32
+from .philox import noise_mask
+
+# Elements of a program: 8 per thread, which share one Philox call and move in 16-byte accesses.
+BLOCK = 1024
+WARPS = 4
+
+# How elements find their scale (SPAN): one for all, one per 8 consecutive elements, one per element.
+PER_TENSOR, PER_EIGHT, PER_ELEMENT = 0, 8, 1
+
+
+@triton.jit
+def quotient(remainder, offset, size, LIMIT: tl.constexpr):
+    """(remainder + offset) // size, int32, for 0 <= remainder < size and int32 offsets in [0, LIMIT).
+
+    Vector arithmetic stays in 32 bits: past the first multiple of size only numbers below LIMIT are left.
+    """
+    gap = tl.minimum(size - remainder, LIMIT).to(tl.int32)
+    step = tl.minimum(size, LIMIT).to(tl.int32)
+    return tl.where(offset < gap, 0, 1 + (offset - gap) // step)
+
+
+@triton.jit
+def quantizer(scale_ptr, zero_point_ptr, first, channels, inner, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+    """Scale and zero point, at (i // inner) % channels, of the tile [BLOCK / 8, 8] from element `first` on.
+
+    Shapes [], [BLOCK / 8, 1] or [BLOCK / 8, 8] by SPAN.
+    """
+    if SPAN == 0:
+        index = 0
+    else:
+        offset = tl.arange(0, BLOCK // 8)[:, None] * 8
+        if SPAN == 1:
+            offset = offset + tl.arange(0, 8)[None, :]
+        run = first // inner
+        row = quotient(first - run * inner, offset, inner, BLOCK)
+        channel = run % channels
+        turns = quotient(channel, row, channels, BLOCK + 1)
+        index = channel + row - turns * channels
+    return tl.load(scale_ptr + index), tl.load(zero_point_ptr + index)
+
+
+@triton.jit
+def _forward_tile(
+    x_ptr,
+    y_ptr,
+    n,
+    first,
+    scale_ptr,
+    zero_point_ptr,
+    channels,
+    inner,
+    bits_ptr,
+    threshold,
+    seed_ptr,
+    DRAW: tl.constexpr,
+    SPAN: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offset = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = None if FULL else offset < n - first
+    x = to_fp32(tl.load(x_ptr + first + offset, mask=inside))
+    scale, zero_point = quantizer(scale_ptr, zero_point_ptr, first, channels, inner, BLOCK, SPAN)
+    y = (nearest_code(x, scale, zero_point, largest_code(bits_ptr)) - zero_point) * scale
+    if DRAW:
+        y = tl.where(noise_mask(first // 8, seed_ptr, threshold, BLOCK // 8), y, x)
+    tl.store(y_ptr + first + offset, from_fp32(y, y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "channels", "inner", "threshold"])
+def fake_quantize_kernel(
+    x_ptr,
+    y_ptr,
+    n,
+    scale_ptr,
+    zero_point_ptr,
+    channels,
+    inner,
+    bits_ptr,
+    threshold,
+    seed_ptr,
+    DRAW: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y_i = (clamp(round(x_i / s + z), 0, 2^bits - 1) - z) * s where draw_i < threshold, x_i elsewhere.
+
+    x, y [n]; scale, zero_point fp32 [channels]. Without DRAW every element is noised.
+    Floor: bytes of x + bytes of y per element.
+    """
+    # n fixes the width of all index arithmetic: 32 bits, or 64 from 2^31 elements on
+    first = tl.program_id(0).to(n.dtype) * BLOCK
+    # a tile in the middle needs no mask: masks would break up its 16-byte accesses
+    if n - first >= BLOCK:
+        _forward_tile(
+            x_ptr, y_ptr, n, first, scale_ptr, zero_point_ptr, channels, inner, bits_ptr, threshold, seed_ptr,
+            DRAW, SPAN, True, BLOCK,
+        )  # fmt: skip
+    else:
+        _forward_tile(
+            x_ptr, y_ptr, n, first, scale_ptr, zero_point_ptr, channels, inner, bits_ptr, threshold, seed_ptr,
+            DRAW, SPAN, False, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_tile(
+    grad_ptr,
+    x_ptr,
+    grad_x_ptr,
+    n,
+    first,
+    scale_ptr,
+    zero_point_ptr,
+    channels,
+    inner,
+    bits_ptr,
+    threshold,
+    seed_ptr,
+    DRAW: tl.constexpr,
+    SPAN: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offset = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = None if FULL else offset < n - first
+    x = to_fp32(tl.load(x_ptr + first + offset, mask=inside))
+    scale, zero_point = quantizer(scale_ptr, zero_point_ptr, first, channels, inner, BLOCK, SPAN)
+    stopped = (x < (0.0 - zero_point) * scale) | (x > (largest_code(bits_ptr) - zero_point) * scale)
+    if DRAW:
+        stopped = stopped & noise_mask(first // 8, seed_ptr, threshold, BLOCK // 8)
+    dtype = grad_x_ptr.dtype.element_ty
+    if grad_ptr is None:
+        written = stopped if FULL else stopped & inside
+        tl.store(grad_x_ptr + first + offset, tl.zeros_like(x).to(dtype), mask=written)
+    else:
+        grad = to_fp32(tl.load(grad_ptr + first + offset, mask=inside))
+        tl.store(grad_x_ptr + first + offset, from_fp32(tl.where(stopped, 0.0, grad), dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "channels", "inner", "threshold"])
+def fake_quantize_backward_kernel(
+    grad_x_ptr,
+    grad_ptr,
+    x_ptr,
+    n,
+    scale_ptr,
+    zero_point_ptr,
+    channels,
+    inner,
+    bits_ptr,
+    threshold,
+    seed_ptr,
+    DRAW: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grad_x_i = 0 where draw_i < threshold and x_i is outside [-z s, (2^bits - 1 - z) s], grad_i elsewhere.
+
+    grad, x, grad_x [n]; grad None: grad_x holds it. The mask is drawn again from the seed.
+    Floor: bytes of grad + x + grad_x per element; in place those of x and of what is stopped.
+    """
+    first = tl.program_id(0).to(n.dtype) * BLOCK
+    if n - first >= BLOCK:
+        _backward_tile(
+            grad_ptr, x_ptr, grad_x_ptr, n, first, scale_ptr, zero_point_ptr, channels, inner, bits_ptr,
+            threshold, seed_ptr, DRAW, SPAN, True, BLOCK,
+        )  # fmt: skip
+    else:
+        _backward_tile(
+            grad_ptr, x_ptr, grad_x_ptr, n, first, scale_ptr, zero_point_ptr, channels, inner, bits_ptr,
+            threshold, seed_ptr, DRAW, SPAN, False, BLOCK,
+        )  # fmt: skip
+
+
+def _span(channels: int, inner: int) -> int:
+    if channels == 1:
+        return PER_TENSOR
+    return PER_EIGHT if inner % 8 == 0 else PER_ELEMENT
+
+
+def fake_quantize(x, scale, zero_point, bits, p, seed, axis=None, group_size=None, dtype=None):
+    """Signature of reference.fake_quantize.fake_quantize; x, scale and zero_point contiguous."""
+    limit, n = threshold(p), x.numel()
+    if limit == 0:
+        return x.to(dtype or x.dtype, copy=True)
+    y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    _, channels, inner = layout(x, axis, group_size)
+    launch.run(
+        fake_quantize_kernel,
+        (cdiv(n, BLOCK),),
+        *(x, y, n, scale, zero_point, channels, inner, bits, limit, seed),
+        **dict(DRAW=limit < 65536, SPAN=_span(channels, inner), BLOCK=BLOCK, num_warps=WARPS),
+    )
+    return y
+
+
+def fake_quantize_backward(grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, out=None):
+    """Signature of reference.fake_quantize.fake_quantize_backward; all tensors contiguous."""
+    limit, n = threshold(p), x.numel()
+    in_place = out is grad
+    grad_x = torch.empty_like(x) if out is None else out
+    if limit == 0:
+        return grad_x if in_place else grad_x.copy_(grad)
+    _, channels, inner = layout(x, axis, group_size)
+    launch.run(
+        fake_quantize_backward_kernel,
+        (cdiv(n, BLOCK),),
+        *(grad_x, None if in_place else grad, x, n, scale, zero_point, channels, inner, bits, limit, seed),
+        **dict(DRAW=limit < 65536, SPAN=_span(channels, inner), BLOCK=BLOCK, num_warps=WARPS),
+    )
+    return grad_x

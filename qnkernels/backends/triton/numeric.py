@@ -1,0 +1,64 @@
+"""Arithmetic shared by the kernels: fp32 inside, one rounding to the output dtype.
+
+The interpreter truncates where it converts to bf16 and does not know bf16 products, so these helpers take
+another way there; compiled kernels use the conversion instructions.
+"""
+
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED
+
+SOFT: tl.constexpr = tl.constexpr(INTERPRETED)
+ALL: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@triton.jit
+def to_fp32(x):
+    """fp32, bf16 or fp16 -> fp32, exactly."""
+    if SOFT and x.dtype == tl.bfloat16:
+        y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def from_fp32(x, dtype: tl.constexpr):
+    """fp32 -> dtype, rounded to nearest, ties to even."""
+    if SOFT and dtype == tl.bfloat16:
+        u = x.to(tl.uint32, bitcast=True)
+        u = tl.where(x == x, tl.add(u, 0x7FFF + ((u >> 16) & 1), sanitize_overflow=False), 0x7FC00000)
+        y = (u >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(dtype)
+    return y
+
+
+@triton.jit
+def largest_code(bits_ptr):
+    """2^bits - 1 in fp32; bits int64 []."""
+    one = tl.full([], 1, tl.int64)
+    return (one << tl.load(bits_ptr)).to(tl.float32) - 1.0
+
+
+@triton.jit
+def nearest_code(x, scale, zero_point, top):
+    """clamp(round(x / s + z), 0, top) with ties to even and NaN kept; div_rn, not /, which is approximate.
+
+    Clamping first is the same, since 0 and top are integers, and leaves values below 2^22, which adding and
+    subtracting 1.5 * 2^23 rounds to integers.
+    """
+    code = tl.div_rn(x, scale) + zero_point
+    code = tl.minimum(tl.maximum(code, 0.0, propagate_nan=ALL), top, propagate_nan=ALL)
+    return (code + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a @ b with fp32 accumulation."""
+    if SOFT:
+        accumulator = tl.dot(to_fp32(a), to_fp32(b), accumulator, input_precision="ieee")
+    else:
+        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+    return accumulator

@@ -1,0 +1,46 @@
+"""Philox4x32-10 and the noise mask, as defined in reference/philox.py."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox(c0, c1, k0, k1):
+    """Four uint32 words for counters (c0, c1, 0, 0), uint32 [n], under the key (k0, k1).
+
+    Products are taken in 64 bits: one wide multiplication gives both halves.
+    """
+    c2 = tl.zeros_like(c0)
+    c3 = tl.zeros_like(c0)
+    for _ in tl.static_range(10):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = product1.to(tl.uint32)
+        c3 = product0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False).to(tl.uint32)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def noise_mask(first_call, seed_ptr, threshold, CALLS: tl.constexpr):
+    """Bool [CALLS, 8]: which of the 8 * CALLS elements (or blocks) from 8 * first_call on are noised.
+
+    first_call: a multiple of CALLS, a power of two, so that one high counter word serves all; seed int64 [];
+    threshold int32 in [0, 65536]. Draws are the 16-bit halves of the words, low half first.
+    """
+    first_call = first_call.to(tl.int64)
+    seed = tl.load(seed_ptr)
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c0 = (first_call & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, CALLS).to(tl.uint32)
+    c1 = tl.zeros_like(c0) + ((first_call >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, k0, k1)
+    # [CALLS, 2, 2] in the order w0, w1, w2, w3
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [CALLS, 4])
+    threshold = threshold.to(tl.uint32)
+    low = (words & 0xFFFF) < threshold
+    high = (words >> 16) < threshold
+    return tl.reshape(tl.join(low, high), [CALLS, 8])

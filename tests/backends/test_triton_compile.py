@@ -1,0 +1,108 @@
+"""tools/compile_kernels.py: every kernel compiles for both architectures; what it would catch."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "tools" / "compile_kernels.py"
+
+PTXAS = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4tamePf' for 'sm_90a'
+ptxas info    : Function properties for _Z4tamePf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 12 registers, used 1 barriers, 512 bytes smem
+ptxas info    : Compiling entry function '_Z4wildPf' for 'sm_90a'
+ptxas info    : Function properties for _Z4wildPf
+    16 bytes stack frame, 24 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers
+"""
+
+
+@pytest.fixture(scope="module")
+def program():
+    specification = importlib.util.spec_from_file_location("compile_kernels", PROGRAM)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["compile_kernels"] = module
+    specification.loader.exec_module(module)
+    yield module
+    del sys.modules["compile_kernels"]
+
+
+def run(*arguments, **variables):
+    environment = {**os.environ, **variables}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_every_kernel_compiles_without_spills():
+    result = run(str(PROGRAM), "--json")
+    assert result.stdout, result.stderr
+    report = json.loads(result.stdout)
+    bad = [one for one in report["kernels"] if one["error"] or one["spills"]]
+    assert not bad
+    assert result.returncode == 0
+    for arch in ("sm_80", "sm_90"):
+        compiled = [one for one in report["kernels"] if one["arch"] == arch]
+        names = {one["kernel"].removesuffix("_kernel") for one in compiled}
+        assert {"fake_quantize", "block_noise", "minmax", "search", "int_linear", "int_embedding"} <= names
+        assert all(0 < one["registers"] <= 255 and one["shared"] <= 48 * 1024 for one in compiled)
+    if shutil.which("nvcc"):
+        sources = {one["kernel"] for one in report["kernels"] if one["arch"] == "sm_90a"}
+        assert "fake_quantize.cu" in sources
+
+
+def test_a_spill_in_machine_code_is_seen():
+    """A kernel held to 24 registers by the compiler's own option."""
+    code = f"""
+import sys, types
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import compile_kernels
+import triton
+from qnkernels.backends.triton import launch
+warmup = triton.runtime.JITFunction.warmup
+triton.runtime.JITFunction.warmup = lambda self, *a, **k: warmup(self, *a, **k, maxnreg=24)
+import kernel_calls
+kernel_calls.all_calls = lambda: iter([next(kernel_calls.int_layers())])
+found = compile_kernels.triton_kernels(80)
+print(max(one.spills for one in found), sum(one.error == "no call reaches it" for one in found))
+"""
+    result = run("-c", code, PYTHONPATH=str(ROOT))
+    spills, missed = map(int, result.stdout.split())
+    assert spills > 0
+    assert missed >= 6
+
+
+def test_ptxas_report_is_read(program):
+    tame, wild = program.parse_ptxas(PTXAS, "odd.cu", "sm_90a")
+    assert (tame.registers, tame.shared, tame.spills) == (12, 512, 0)
+    assert (wild.registers, wild.shared, wild.spills) == (255, 0, 24)
+    assert (wild.kernel, wild.arch) == ("odd.cu", "sm_90a")
+    assert "wild" in wild.variant
+
+
+def test_summary_keeps_the_largest_figures(program):
+    ones = program.parse_ptxas(PTXAS, "odd.cu", "sm_90a")
+    (row,) = program.summary(ones)
+    assert (row.registers, row.shared, row.spills, row.variant) == (255, 512, 24, "2 variants")
+    assert "odd.cu" in program.table([row]) and "255" in program.table([row])
+
+
+@pytest.mark.parametrize(
+    "text", ["fma.rn.f32 %f1", "div.full.f32 %f1", "ex2.approx.f32 %f1", "mul.rn.ftz.f32 %f1"]
+)
+def test_inexact_instructions_are_seen(program, text):
+    assert program.INEXACT.search(f"\t{text}, %f2, %f3;")
+
+
+@pytest.mark.parametrize(
+    "text", ["add.rn.f32", "div.rn.f32", "mul.wide.u32", "max.NaN.f32", "cvt.rn.bf16x2.f32"]
+)
+def test_exact_instructions_pass(program, text):
+    assert not program.INEXACT.search(f"\t{text} \t%f1, %f2, %f3;")

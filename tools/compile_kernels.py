@@ -1,0 +1,229 @@
+"""Compile every GPU kernel, without a GPU: `python tools/compile_kernels.py [--all] [--json]`.
+
+Triton kernels: each variant (kernel_calls.py) for sm_80 and sm_90. csrc/cuda/*.cu, where nvcc is found: for
+sm_80 and sm_90a, with the flags of CMakeLists.txt. Prints registers, shared memory and spills as reported by
+cuobjdump and ptxas. Exits with 1 if a kernel spills, does not compile, is reached by no call, or has, where
+it must be exact, an instruction that is not.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# architecture -> multiprocessors of its GPU (A100, H100), which the launchers ask for
+TRITON_ARCHS = {80: 108, 90: 132}
+CUDA_ARCHS = ("sm_80", "sm_90a")
+# Not rounded once per operation: the quantizers would differ from the reference.
+INEXACT = re.compile(r"\b(?:fma\.rn|div\.full|\w+(?:\.\w+)*\.(?:approx|ftz))\S*")
+MAY_FUSE = ("int_linear_kernel", "int_linear_backward_kernel")
+NVCC_FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden", "-I", str(ROOT / "csrc"))
+
+
+@dataclasses.dataclass
+class Compiled:
+    """One kernel variant. Shared memory in bytes per block, spills in bytes of local memory per thread."""
+
+    kernel: str
+    variant: str
+    arch: str
+    registers: int = 0
+    shared: int = 0
+    spills: int = 0
+    error: str = ""
+
+
+def triton_kernels(arch: int) -> list[Compiled]:
+    """Every Triton variant for one architecture, compiled by the launchers themselves."""
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
+    sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+    import kernel_calls
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from qnkernels.backends.triton import kernels, launch
+
+    class Target:
+        """Stands in for a CUDA driver as far as compilation asks for one."""
+
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
+
+    triton.runtime.driver.set_active(Target())
+    found: dict[str, Compiled] = {}
+
+    def compile_only(kernel, grid, *arguments, **constants):
+        one = Compiled(kernel.__name__, _variant(arguments, constants), f"sm_{arch}")
+        try:
+            binary = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=False, **constants)
+        except Exception as error:  # any failure of the compiler is a finding of this program
+            one.error = f"{type(error).__name__}: {error}"
+            found[f"{one.kernel} {one.variant}"] = one
+            return
+        if binary.hash in found:
+            return
+        one.registers, one.spills = cubin_usage(binary.asm["cubin"])
+        one.shared = binary.metadata.shared
+        inexact = INEXACT.search(binary.asm["ptx"])
+        if inexact and one.kernel not in MAY_FUSE:
+            one.error = f"not exact: {inexact[0]}"
+        found[binary.hash] = one
+
+    launch.run = compile_only
+    launch.processors = lambda device: TRITON_ARCHS[arch]
+    ops = kernels()
+    for op, arguments in kernel_calls.all_calls():
+        ops[op](*arguments)
+    reached = {one.kernel for one in found.values()}
+    missed = sorted(_kernel_names() - reached)
+    return [
+        *found.values(),
+        *(Compiled(name, "", f"sm_{arch}", error="no call reaches it") for name in missed),
+    ]
+
+
+def _kernel_names() -> set[str]:
+    """Names of the kernels in the backend: jitted functions whose name ends in _kernel."""
+    prefix = "qnkernels.backends.triton."
+    modules = [module for name, module in sys.modules.items() if name.startswith(prefix)]
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+def _variant(arguments: tuple, constants: dict) -> str:
+    dtypes = [str(a.dtype).removeprefix("torch.") for a in arguments if hasattr(a, "dtype")]
+    sizes = [str(a) for a in arguments if isinstance(a, int)]
+    flags = [f"{name}={value}" for name, value in constants.items()]
+    return " ".join((",".join(dtypes), f"({','.join(sizes)})", *flags))
+
+
+def cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) per thread of the kernel in a cubin."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def cuda_kernels(source: Path, arch: str, nvcc: str) -> list[Compiled]:
+    """Every kernel of one .cu file for one architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            nvcc,
+            *NVCC_FLAGS,
+            f"-arch={arch}",
+            "-cubin",
+            "-Xptxas=-v",
+            "-o",
+            f"{folder}/out.cubin",
+            str(source),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        return [Compiled(source.name, "", arch, error=result.stderr.strip())]
+    return parse_ptxas(result.stderr, source.name, arch)
+
+
+def parse_ptxas(report: str, source: str, arch: str) -> list[Compiled]:
+    """The kernels in what `ptxas -v` prints."""
+    found = []
+    for part in report.split("Compiling entry function '")[1:]:
+        name = part.split("'", 1)[0]
+        spills = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        )
+        registers = re.search(r"Used (\d+) registers", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        found.append(
+            Compiled(
+                *(source, _demangle(name), arch),
+                registers=int(registers[1]),
+                shared=int(shared[1]) if shared else 0,
+                spills=max(int(number) for number in spills.groups()),
+            )
+        )
+    return found
+
+
+def _demangle(name: str) -> str:
+    tool = shutil.which("c++filt")
+    return subprocess.run([tool, name], capture_output=True, text=True).stdout.strip() if tool else name
+
+
+def summary(compiled: list[Compiled]) -> list[Compiled]:
+    """Per kernel and architecture the largest of each figure over the variants."""
+    groups: dict[tuple[str, str], list[Compiled]] = {}
+    for one in compiled:
+        groups.setdefault((one.kernel, one.arch), []).append(one)
+    return [
+        Compiled(
+            *(kernel, f"{len(ones)} variants", arch),
+            registers=max(one.registers for one in ones),
+            shared=max(one.shared for one in ones),
+            spills=max(one.spills for one in ones),
+            error=next((one.error for one in ones if one.error), ""),
+        )
+        for (kernel, arch), ones in sorted(groups.items())
+    ]
+
+
+def table(compiled: list[Compiled]) -> str:
+    header = ("kernel", "variant", "arch", "registers", "shared", "spills")
+    rows = [header, *(tuple(str(getattr(one, name)) for name in header) for one in compiled)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def compile_all() -> tuple[list[Compiled], str | None]:
+    """Everything compiled, and the path of nvcc or None. Architectures are compiled side by side."""
+    nvcc = shutil.which("nvcc")
+    with concurrent.futures.ProcessPoolExecutor(len(TRITON_ARCHS)) as pool:
+        jobs = [pool.submit(triton_kernels, arch) for arch in TRITON_ARCHS]
+        if nvcc:
+            sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+            jobs += [
+                pool.submit(cuda_kernels, source, arch, nvcc) for source in sources for arch in CUDA_ARCHS
+            ]
+        return [one for job in jobs for one in job.result()], nvcc
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--all", action="store_true", help="list every variant, not the largest of each kernel"
+    )
+    parser.add_argument("--json", action="store_true", help="print every variant as JSON")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    compiled, nvcc = compile_all()
+    bad = [one for one in compiled if one.error or one.spills]
+    if arguments.json:
+        print(json.dumps({"nvcc": nvcc, "kernels": [dataclasses.asdict(one) for one in compiled]}, indent=1))
+        return bool(bad)
+    print(table(compiled if arguments.all else summary(compiled)))
+    print(f"{len(compiled)} variants in {time.perf_counter() - start:.0f} s")
+    if not nvcc:
+        print("nvcc not found: csrc/cuda was not compiled")
+    for one in bad:
+        print(f"FAILED {one.kernel} [{one.variant}] {one.arch}: {one.error or f'spills {one.spills} bytes'}")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Calls of the Triton launchers that reach every kernel with every dtype, layout, flag and tile.
+
+Triton compiles a kernel anew for each combination of these, and of whether pointers and strides are multiples
+of 16. Of the product of all, those are taken that differ in what they keep in registers. The tensors are
+never read.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+
+F32, BF16, F16 = FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BITS, SEED, STEP = torch.tensor(4), torch.tensor(1), torch.tensor(0)
+Calls = Iterator[tuple[str, tuple]]
+
+
+def fake_quantize() -> Calls:
+    """Scale per tensor, per 8 elements and per element; all pairs of dtypes; with and without noise to draw."""
+    square, odd = (64, 64), (64, 65)
+    cases = [(torch.empty(square, dtype=dtype), other, None, 0.5) for dtype, other in product(FLOATS, FLOATS)]
+    for shape, (dtype, other) in product((square, odd), ((F32, BF16), *((one, one) for one in FLOATS))):
+        cases.append((torch.empty(shape, dtype=dtype), other, 0, 0.5))
+    cases += [(torch.empty(shape), F32, axis, 1.0) for shape, axis in ((square, None), (square, 0), (odd, 0))]
+    cases += [(_misaligned(square, dtype), dtype, 0, 0.5) for dtype in FLOATS]
+    # indices of 64 bits; the memory is reserved, not touched
+    huge = torch.empty(8, 2**28 + 1, dtype=BF16)
+    cases += [(huge, BF16, axis, 0.5) for axis in (None, 0)]
+    for x, other, axis, p in cases:
+        scale = torch.empty(() if axis is None else x.shape[axis])
+        grad = torch.empty(x.shape, dtype=other)
+        yield "fake_quantize", (x, scale, scale, BITS, p, SEED, axis, None, other)
+        yield "fake_quantize_backward", (grad, x, scale, scale, BITS, p, SEED, axis)
+        if x.dtype == other != F16:
+            yield "fake_quantize_backward", (grad, x, scale, scale, BITS, p, SEED, axis, None, grad)
+
+
+def block_noise() -> Calls:
+    """Block sizes that are tiles of their own, that leave lanes idle, and that take several tiles."""
+    for dtype, kind, d in product(FLOATS, ("zero", "mean"), (1, 8, 16, 64, 9, 1000)):
+        yield "block_noise", (torch.empty(16, d, dtype=dtype), d, 0.1, SEED, kind, True, dtype)
+    for dtype, other in product(FLOATS, FLOATS):
+        yield "block_noise", (torch.empty(16, 8, dtype=dtype), 8, 0.1, SEED, "mean", True, other)
+    for dtype in FLOATS:
+        yield "block_noise", (_misaligned((16, 8), dtype), 8, 0.1, SEED, "zero", True, dtype)
+
+
+def ranges() -> Calls:
+    """One and two stages; whole tensors, rows, columns and groups; aligned and not; when due and always."""
+    layouts = (
+        ((1 << 22,), None, None),
+        ((17,), None, None),
+        ((640, 768), 0, None),
+        ((640, 75), 0, None),
+        ((640, 768), 1, None),
+        ((64, 64, 9), 1, None),
+        ((64, 512), None, 128),
+        ((64, 512), None, 8),
+    )
+    for dtype, (shape, axis, group_size) in product(FLOATS, layouts):
+        x = torch.empty(shape, dtype=dtype)
+        if group_size is not None:
+            low = torch.empty(*shape[:-1], shape[-1] // group_size)
+        else:
+            low = torch.empty(() if axis is None else shape[axis])
+        for observer in ("ema_minmax",) if dtype == F16 else ("ema_minmax", "histogram"):
+            yield "update_range_", (x, low, low.clone(), STEP, BITS, observer, 100, 0.1, axis, group_size)
+    for shape in ((1 << 22,), (17,)):
+        yield "minmax", (torch.empty(shape),)
+        yield "histogram_range", (torch.empty(shape), BITS)
+
+
+def parameters() -> Calls:
+    """Both kinds of quantizer."""
+    for symmetric in (False, True):
+        yield "quantization_parameters", (torch.empty(64), torch.empty(64), BITS, symmetric)
+
+
+def int_layers() -> Calls:
+    """Few and many rows; one group, aligned groups with zero points, and groups of odd sizes."""
+    one_group, groups, odd_groups = (64, 256, 1, False), (64, 256, 2, True), (65, 250, 25, True)
+    for dtype, bits in product(FLOATS, (4, 8)):
+        for n, k, count, has_zero in (groups, odd_groups, *((one_group,) if dtype != F16 else ())):
+            scale = torch.empty(n, count)
+            zero_point = torch.empty(n, count, dtype=torch.uint8) if has_zero else None
+            packed = (torch.empty(n, k * bits // 8, dtype=torch.uint8), scale, zero_point)
+            for m in (1, 64):
+                bias = torch.empty(n) if has_zero else None
+                yield "int_linear", (torch.empty(m, k, dtype=dtype), *packed, bias, bits)
+                yield "int_linear_backward", (torch.empty(m, n, dtype=dtype), *packed, bits)
+            yield "int_embedding", (torch.zeros(3, dtype=torch.int64), *packed, bits, dtype)
+
+
+def _misaligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor whose address is not a multiple of 16 bytes."""
+    return torch.empty(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
+
+
+def all_calls() -> Calls:
+    for family in (fake_quantize, block_noise, ranges, parameters, int_layers):
+        yield from family()

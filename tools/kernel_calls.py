@@ -16,7 +16,7 @@ Calls = Iterator[tuple[str, tuple]]
 
 
 def fake_quantize() -> Calls:
-    """Scale per tensor, per 8 elements and per element; all pairs of dtypes; with and without noise to draw."""
+    """Scale per tensor, per 8 elements and per element; all pairs of dtypes; drawing or not."""
     square, odd = (64, 64), (64, 65)
     cases = [(torch.empty(square, dtype=dtype), other, None, 0.5) for dtype, other in product(FLOATS, FLOATS)]
     for shape, (dtype, other) in product((square, odd), ((F32, BF16), *((one, one) for one in FLOATS))):

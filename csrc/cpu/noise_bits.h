@@ -11,10 +11,11 @@ namespace qnk {
 inline namespace QNK_ISA {
 
 constexpr int64_t kWord = 64;  // elements in a word of the mask
+constexpr int kWords = 4;      // words drawn at once: as many chains of rounds, to hide the latency of each
 
 #if defined(__AVX512F__)
 
-// 8 Philox calls in the 64-bit lanes (values in the low halves). A round is 2 multiplications, a shift and a
+// A word is 8 Philox calls in the 64-bit lanes (values in the low halves). A round is 2 multiplications, a shift and a
 // shuffle (on different ports) and 2 three-way xors. Lane order 0 4 1 5 2 6 3 7 of the counters makes the
 // unpacked words come out in element order.
 class NoiseWords {
@@ -27,29 +28,41 @@ class NoiseWords {
         }
     }
 
-    uint64_t draw(int64_t block) const {
+    // words [kWords] <- those of blocks first, first + 1, ...
+    void draw(int64_t first, uint64_t* words) const {
         const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
         const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-        __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(block * (kWord / kDrawsPerCall)), order);
-        __m512i c1 = _mm512_srli_epi64(c0, 32), c2 = _mm512_setzero_si512(), c3 = c2;
+        __m512i c0[kWords], c1[kWords], c2[kWords], c3[kWords];
+#pragma GCC unroll 4
+        for (int w = 0; w < kWords; ++w) {
+            c0[w] = _mm512_add_epi64(_mm512_set1_epi64((first + w) * (kWord / kDrawsPerCall)), order);
+            c1[w] = _mm512_srli_epi64(c0[w], 32);
+            c2[w] = c3[w] = _mm512_setzero_si512();
+        }
 #pragma GCC unroll 10
         for (int r = 0; r < kPhiloxRounds; ++r) {
-            const __m512i product0 = _mm512_mul_epu32(m0, c0), product1 = _mm512_mul_epu32(m1, c2);
-            const __m512i high0 = _mm512_srli_epi64(product0, 32);
-            const __m512i high1 = _mm512_shuffle_epi32(product1, _MM_PERM_DDBB);
-            c0 = _mm512_ternarylogic_epi64(high1, c1, key0_[r], 0x96);
-            c2 = _mm512_ternarylogic_epi64(high0, c3, key1_[r], 0x96);
-            c1 = product1;
-            c3 = product0;
+#pragma GCC unroll 4
+            for (int w = 0; w < kWords; ++w) {
+                const __m512i product0 = _mm512_mul_epu32(m0, c0[w]), product1 = _mm512_mul_epu32(m1, c2[w]);
+                const __m512i high0 = _mm512_srli_epi64(product0, 32);
+                const __m512i high1 = _mm512_shuffle_epi32(product1, _MM_PERM_DDBB);
+                c0[w] = _mm512_ternarylogic_epi64(high1, c1[w], key0_[r], 0x96);
+                c2[w] = _mm512_ternarylogic_epi64(high0, c3[w], key1_[r], 0x96);
+                c1[w] = product1;
+                c3[w] = product0;
+            }
         }
         constexpr __mmask16 kHighHalves = 0xAAAA;
-        const __m512i low = _mm512_mask_shuffle_epi32(c0, kHighHalves, c1, _MM_PERM_CCAA);
-        const __m512i high = _mm512_mask_shuffle_epi32(c2, kHighHalves, c3, _MM_PERM_CCAA);
-        uint32_t first = _mm512_cmplt_epu16_mask(_mm512_unpacklo_epi64(low, high), limit_);
-        uint32_t second = _mm512_cmplt_epu16_mask(_mm512_unpackhi_epi64(low, high), limit_);
-        // GCC 12 may spill a mask register as 32 bits and widen it by reading 64: go through a general register
-        __asm__("" : "+r"(first), "+r"(second));
-        return first | (static_cast<uint64_t>(second) << 32);
+#pragma GCC unroll 4
+        for (int w = 0; w < kWords; ++w) {
+            const __m512i low = _mm512_mask_shuffle_epi32(c0[w], kHighHalves, c1[w], _MM_PERM_CCAA);
+            const __m512i high = _mm512_mask_shuffle_epi32(c2[w], kHighHalves, c3[w], _MM_PERM_CCAA);
+            uint32_t even = _mm512_cmplt_epu16_mask(_mm512_unpacklo_epi64(low, high), limit_);
+            uint32_t odd = _mm512_cmplt_epu16_mask(_mm512_unpackhi_epi64(low, high), limit_);
+            // GCC 12 may spill a mask register as 32 bits and widen it by reading 64: use a general register
+            __asm__("" : "+r"(even), "+r"(odd));
+            words[w] = even | (static_cast<uint64_t>(odd) << 32);
+        }
     }
 
   private:
@@ -64,7 +77,12 @@ class NoiseWords {
     NoiseWords(int64_t seed, int32_t threshold)
         : seed_(static_cast<uint64_t>(seed)), threshold_(static_cast<uint32_t>(threshold)) {}
 
-    uint64_t draw(int64_t block) const {
+    void draw(int64_t first, uint64_t* words) const {
+        for (int w = 0; w < kWords; ++w) words[w] = draw_word(first + w);
+    }
+
+  private:
+    uint64_t draw_word(int64_t block) const {
         constexpr int kCalls = kWord / kDrawsPerCall;
         uint32_t c0[kCalls], c1[kCalls], c2[kCalls] = {}, c3[kCalls] = {};
         for (int j = 0; j < kCalls; ++j) {
@@ -96,34 +114,34 @@ class NoiseWords {
         return bits;
     }
 
-  private:
     uint64_t seed_;
     uint32_t threshold_;
 };
 
 #endif
 
-// The words of the mask in turn: the last one is kept, and thresholds 0 and 65536 draw nothing.
+// The words of the mask in turn: those last drawn are kept, and thresholds 0 and 65536 draw nothing.
 class Noise {
   public:
     Noise(const int64_t* seed, int32_t threshold)
         : words_(threshold > 0 && threshold < 65536 ? *seed : 0, threshold),
-          constant_(threshold <= 0 || threshold >= 65536),
-          word_(threshold <= 0 ? 0 : ~uint64_t{0}) {}
+          constant_(threshold <= 0 || threshold >= 65536) {
+        for (uint64_t& word : drawn_) word = threshold <= 0 ? 0 : ~uint64_t{0};
+    }
 
     uint64_t word(int64_t block) {
-        if (!constant_ && block != block_) {
-            block_ = block;
-            word_ = words_.draw(block);
+        if (!constant_ && block / kWords != group_) {
+            group_ = block / kWords;
+            words_.draw(group_ * kWords, drawn_);
         }
-        return word_;
+        return drawn_[block % kWords];
     }
 
   private:
     NoiseWords words_;
     bool constant_;
-    uint64_t word_;
-    int64_t block_ = -1;
+    uint64_t drawn_[kWords];
+    int64_t group_ = -1;
 };
 
 }  // namespace QNK_ISA

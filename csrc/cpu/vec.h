@@ -17,6 +17,7 @@ inline namespace QNK_ISA {
 #if defined(__AVX512F__)
 
 constexpr int kLanes = 16;
+constexpr bool kFusedMultiply = true;  // whether fma rounds once
 using Mask = __mmask16;
 
 struct Vec {
@@ -69,6 +70,7 @@ inline void store(f16* p, Vec a) {
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
+constexpr bool kFusedMultiply = true;
 using Mask = uint32_t;
 
 struct Vec {
@@ -130,6 +132,7 @@ inline void store(f16* p, Vec a) {
 #else
 
 constexpr int kLanes = 8;
+constexpr bool kFusedMultiply = false;
 using Mask = uint32_t;
 
 struct Vec {

@@ -53,9 +53,9 @@ def triton_kernels(arch: int) -> list[Compiled]:
     from qnkernels.backends.triton import kernels, launch
 
     class Target:
-        """Stands in for a CUDA driver as far as compilation asks for one."""
+        """Stands in for a CUDA driver as far as compilation asks for one; a device per architecture."""
 
-        get_current_device = staticmethod(lambda: 0)
+        get_current_device = staticmethod(lambda: arch)
         get_current_stream = staticmethod(lambda device: 0)
         get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
 

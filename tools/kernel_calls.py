@@ -88,7 +88,11 @@ def int_layers() -> Calls:
                 bias = torch.empty(n) if has_zero else None
                 yield "int_linear", (torch.empty(m, k, dtype=dtype), *packed, bias, bits)
                 yield "int_linear_backward", (torch.empty(m, n, dtype=dtype), *packed, bits)
-            yield "int_embedding", (torch.zeros(3, dtype=torch.int64), *packed, bits, dtype)
+            indices = torch.zeros(3, dtype=torch.int64)
+            yield "int_embedding", (indices, *packed, bits, dtype)
+            if count == 1:
+                wide = torch.empty(n, 4 * k * bits // 8, dtype=torch.uint8)
+                yield "int_embedding", (indices, wide, scale, zero_point, bits, dtype)
 
 
 def _misaligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

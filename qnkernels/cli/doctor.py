@@ -113,7 +113,8 @@ def tables(findings: dict) -> list[Table]:
     states = Table(title="backends", box=box.SIMPLE_HEAD, show_header=False, title_justify="left")
     for name, state in findings["backends"].items():
         states.add_row(name, state, style="" if state == "available" else "yellow")
-    served = Table("op", *DEVICES, title="who serves which op", box=box.SIMPLE_HEAD, title_justify="left")
+    columns = [name if name == "cpu" or findings["gpus"] else f"{name} (none here)" for name in DEVICES]
+    served = Table("op", *columns, title="who serves which op", box=box.SIMPLE_HEAD, title_justify="left")
     for op in OPS:
         served.add_row(op, *(findings["serving"][device][op] for device in DEVICES))
     return [facts, states, served]

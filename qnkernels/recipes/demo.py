@@ -23,8 +23,8 @@ from .tokens import Tokenizer
 from .training import Trainer, interleaved_seconds, keep_freed_memory, perplexity, precision, windows
 from .transformer import LanguageModel, Shape, generate
 
-TIMED_STEPS = 7
-PROMPT, GENERATED, TIMED_GENERATIONS = 16, 32, 3  # tokens, tokens, times
+TIMING_SECONDS = 8.0  # for the training steps of all methods together, where a step is short
+PROMPT, GENERATED, GENERATING_SECONDS = 16, 32, 1.5  # tokens, tokens, for each compressed model
 CHECKPOINTS, PICTURE, RESULTS, TOKENIZER = "checkpoints", "perplexity.png", "results.json", "tokenizer.json"
 
 
@@ -153,7 +153,7 @@ class _Demo:
         jobs: dict[Variant, Callable[[], object]] = {}
         for trained, _ in TRAININGS:
             jobs[trained] = self._trainer(trained).train_step
-        return interleaved_seconds(jobs, TIMED_STEPS, self.device)
+        return interleaved_seconds(jobs, TIMING_SECONDS, self.device)
 
     def train(self, variant: Variant) -> LanguageModel:
         """A trained model, plain again: without noise, in eval mode."""
@@ -178,7 +178,7 @@ class _Demo:
                 "full": lambda: generate(model, prompt, GENERATED),
                 "this": lambda: generate(loaded, prompt, GENERATED),
             },
-            TIMED_GENERATIONS,
+            GENERATING_SECONDS,
             self.device,
         )
         return Row(

@@ -6,7 +6,8 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ WEIGHT_DECAY = 0.1
 WARMUP = 0.1  # of the steps
 FINAL_RATE = 0.02  # of the peak learning rate
 CLIP = 1.0
+ROUNDS = 5
+
+Job = TypeVar("Job", bound=Hashable)
 
 
 def precision(device: torch.device) -> str:
@@ -128,18 +132,25 @@ def perplexity(model: LanguageModel, tokens: torch.Tensor, limit: int, batch: in
 
 
 def interleaved_seconds(
-    jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of each job, run in turns so that a slow moment of the machine hits all alike."""
-    samples: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(rounds + 1):
+    jobs: dict[Job, Callable[[], object]], budget: float, device: torch.device
+) -> dict[Job, float]:
+    """Median seconds of each job, run in turns so that a slow moment of the machine hits all alike.
+
+    After a round to warm up, as many rounds as fit into `budget` seconds, but at least ROUNDS.
+    """
+    samples: dict[Job, list[float]] = {name: [] for name in jobs}
+    turn, end = 0, math.inf
+    while turn <= ROUNDS or time.perf_counter() < end:
         for name, job in jobs.items():
             _wait(device)
             begin = time.perf_counter()
             job()
             _wait(device)
-            if turn:  # the first round warms up
+            if turn:
                 samples[name].append(time.perf_counter() - begin)
+        if turn == 0:
+            end = time.perf_counter() + budget
+        turn += 1
     return {name: statistics.median(times) for name, times in samples.items()}
 
 

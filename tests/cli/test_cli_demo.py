@@ -17,7 +17,8 @@ runner = CliRunner()
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(vocabulary=260, width=16, layers=1, heads=2, context=48)
     monkeypatch.setitem(demo.PRESETS, "tiny", demo.Preset(shape, batch=2, steps=2, rate=1e-2, validation=100))
-    monkeypatch.setattr(demo, "TIMED_STEPS", 1)
+    monkeypatch.setattr(demo, "TIMING_SECONDS", 0.0)
+    monkeypatch.setattr(demo, "GENERATING_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_ctrl_c_prints_what_is_finished(text: Path, tmp_path: Path, monkeypatch:
     train_step, steps = demo.Trainer.train_step, iter(range(1000))
 
     def interrupted(self):
-        if next(steps) == 10 + 2 + 1:  # 5 trainings timed twice, the first training, into the second
+        if next(steps) == 5 * 6 + 2 + 1:  # 5 trainings timed in 6 rounds, the first training, into the second
             raise KeyboardInterrupt
         return train_step(self)
 

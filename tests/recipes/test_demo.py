@@ -48,7 +48,8 @@ class Silent:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     preset = demo.Preset(SHAPE, batch=2, steps=3, rate=1e-2, validation=200)
     monkeypatch.setitem(demo.PRESETS, "tiny", preset)
-    monkeypatch.setattr(demo, "TIMED_STEPS", 2)
+    monkeypatch.setattr(demo, "TIMING_SECONDS", 0.0)
+    monkeypatch.setattr(demo, "GENERATING_SECONDS", 0.0)
 
 
 @pytest.fixture

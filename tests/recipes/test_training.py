@@ -151,6 +151,8 @@ def test_interleaved_seconds_runs_jobs_in_turns() -> None:
         time.sleep(seconds)
 
     jobs = {"slow": lambda: job("slow", 0.02), "fast": lambda: job("fast", 0.0)}
-    seconds = interleaved_seconds(jobs, 3, torch.device("cpu"))
-    assert order == ["slow", "fast"] * 4
+    seconds = interleaved_seconds(jobs, 0.0, torch.device("cpu"))
+    assert order == ["slow", "fast"] * 6  # one round to warm up, and five
     assert seconds["slow"] >= 0.02 > seconds["fast"]
+    interleaved_seconds(jobs, 0.3, torch.device("cpu"))
+    assert len(order) > 12 + 12

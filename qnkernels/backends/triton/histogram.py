@@ -30,7 +30,7 @@ def _bin_width(low, high):
     return tl.where(width > 0, width, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["every"])
 def clear_kernel(counts_ptr, step_ptr, every):
     """counts[row, :] = 0, int32 [rows, bins], one program a row. Floor: 8 KiB per row."""
     if is_due(step_ptr, every):

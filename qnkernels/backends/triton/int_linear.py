@@ -10,11 +10,11 @@ import triton.language as tl
 
 from ...reference.int_linear import unpack
 from . import launch
-from .launch import cdiv
+from .launch import cdiv, power_of_two
 from .numeric import dot, from_fp32, to_fp32
 
-# Columns of the embedding tile, 8 per thread.
-EMBEDDING_BLOCK = 1024
+# Columns of an embedding tile, 8 per thread: at least what a warp takes, at most what four take.
+EMBEDDING_COLUMNS = (256, 1024)
 # Groups of whole multiples of this many bytes are counted in them, so that loads are known to be aligned.
 ALIGNMENT = 16
 
@@ -275,11 +275,13 @@ def int_embedding(indices, weight, scale, zero_point, bits, dtype):
     out = torch.empty((*indices.shape, k), dtype=dtype, device=indices.device)
     groups = scale.shape[1]
     unit = _unit(pitch)
+    narrow, wide = EMBEDDING_COLUMNS
+    block = min(max(power_of_two(k), narrow), wide)
     launch.run(
         int_embedding_kernel,
-        (indices.numel(), cdiv(k, EMBEDDING_BLOCK)),
+        (indices.numel(), cdiv(k, block)),
         *(indices, weight, scale, zero_point, out, rows, pitch // unit, groups, k // groups),
-        **dict(BITS=bits, UNIT=unit, BLOCK=EMBEDDING_BLOCK),
-        num_warps=4,
+        **dict(BITS=bits, UNIT=unit, BLOCK=block),
+        num_warps=block // narrow,
     )
     return out

@@ -66,7 +66,8 @@ def minmax_kernel(
     Floor: bytes of x per element; none where it is not due.
     """
     if is_due(step_ptr, every):
-        channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+        first_channel = tl.program_id(0).to(tl.int64) * BLOCK_C
+        channel = first_channel + tl.arange(0, BLOCK_C)
         reduced = tl.arange(0, BLOCK_O * BLOCK_I)[None, :]
         o = reduced // BLOCK_I
         i = reduced % BLOCK_I
@@ -76,7 +77,7 @@ def minmax_kernel(
         high = tl.full([BLOCK_C, BLOCK_O * BLOCK_I], float("-inf"), tl.float32)
         tiles_i = tl.cdiv(inner, BLOCK_I)
         tiles = tl.cast(tl.cdiv(outer, BLOCK_O), tl.int64) * tiles_i
-        full_channels = (tl.program_id(0) + 1) * BLOCK_C <= channels
+        full_channels = first_channel + BLOCK_C <= channels
         for tile in range(tl.program_id(1).to(tl.int64), tiles, tl.num_programs(1)):
             first_o = tile // tiles_i * BLOCK_O
             first_i = tile % tiles_i * BLOCK_I

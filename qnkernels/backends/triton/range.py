@@ -28,7 +28,11 @@ def update_range_(x, low, high, step, bits, observer, every, momentum, axis=None
     grows after all of them have read it.
     """
     if not (low.is_contiguous() and high.is_contiguous()):
-        raise ValueError("low, high: expected contiguous tensors")
+        packed = low.contiguous(), high.contiguous()
+        update_range_(x, *packed, step, bits, observer, every, momentum, axis, group_size)
+        low.copy_(packed[0])
+        high.copy_(packed[1])
+        return
     if observer == "histogram":
         whole_low, whole_high = _empty_range(x, axis, group_size)
         refresh(x, whole_low, whole_high, axis, group_size, step, every)

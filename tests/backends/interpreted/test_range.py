@@ -88,6 +88,16 @@ def test_update_range_follows_the_reference(observer, every, axis):
             assert_identical(actual, expected)
 
 
+def test_ranges_that_are_not_contiguous():
+    low, high = torch.zeros(3, 2), torch.zeros(2, 3, 2)
+    state = [low[:, 0], high[1, :, 1], integer(0)]
+    x = torch.randn(3, 40)
+    kernels("triton")["update_range_"](x, *state, integer(8), "minmax", 1, 0.1, 0)
+    assert_identical(low, torch.stack((x.amin(1), torch.zeros(3)), dim=1))
+    assert_identical(high[1, :, 1], x.amax(1))
+    assert high.count_nonzero() == 3
+
+
 def test_a_loaded_step_is_honoured():
     """Resumed at step 5 of every 3: step 6 is the next that is due."""
     state = [torch.tensor(-1.0), torch.tensor(1.0), integer(5)]

@@ -5,6 +5,7 @@ Operations: one 16-bit draw per block of 8, an eighth of what scalar noise draws
 element for "zero", eight additions and a division per block for "mean".
 Floor: the copy of the weight, ratio 1.
 Prediction, 2 cores and H100 alike: bound by memory, 1.0 to 1.1x the copy for both kinds.
+Measured, 2 cores: 1.44x for "zero", 1.65x for "mean".
 """
 
 from dataclasses import dataclass

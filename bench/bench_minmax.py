@@ -6,6 +6,7 @@ Operations: two compares per element; for the histogram a subtraction, a divisio
 then 192 x 2048 quantizations (0.4 M, the work of a sixth of the weight's) per parameter.
 Floor: a sum of the weight, which reads it once, ratio 1; the histogram 2, plus its search.
 Prediction, 2 cores: minmax 1.0 to 1.2x the sum; histogram_range 10 to 20x, bound by the counters.
+Measured, 2 cores: minmax 1.23x the sum; histogram_range 24x.
 """
 
 from functools import partial

@@ -232,8 +232,9 @@ def int_linear(x, weight, scale, zero_point, bias, bits):
     group_bytes = weight.shape[1] // groups
     unit = _unit(group_bytes)
     block_m = _rows(m)
-    block_n = 64 if block_m == 64 else 32  # few rows: more programs, to keep the memory busy
-    block_k = 16 if x.dtype == torch.float32 else 32  # fp32 products keep their operands in registers
+    wide = 64 if block_m == 64 else 32  # few rows: more programs, to keep the memory busy
+    # fp32 products are taken by plain threads, which keep their operands in registers
+    block_n, block_k = (wide // 2, 16) if x.dtype == torch.float32 else (wide, 32)
     launch.run(
         int_linear_kernel,
         (cdiv(m, block_m) * cdiv(n, block_n),),

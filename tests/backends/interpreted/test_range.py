@@ -72,6 +72,21 @@ def test_histogram_range_of_odd_values(value):
         assert_identical(actual, expected)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 8, 16])
+def test_quantization_parameters_equal_reference(bits, symmetric):
+    """Ranges around 0, on one side of it, empty, denormal, infinite and NaN."""
+    generator = torch.Generator().manual_seed(bits)
+    low, high = torch.randn(2, 300, generator=generator).sort(dim=0).values * 5
+    odd = torch.tensor([0.0, 1e-45, 1e-40, 2.5, float("inf"), float("nan")])
+    low = torch.cat((low, -odd, odd, -odd)).contiguous()
+    high = torch.cat((high, odd, odd, torch.zeros(6))).contiguous()
+    arguments = (low, high, integer(bits), symmetric)
+    results = (kernels(name)["quantization_parameters"](*arguments) for name in ("triton", "reference"))
+    for actual, expected in zip(*results, strict=True):
+        assert_identical(actual, expected)
+
+
 @pytest.mark.parametrize("every", [0, 1, 3])
 @pytest.mark.parametrize("observer", ["minmax", "ema_minmax", "histogram"])
 @pytest.mark.parametrize("axis", [None, 0])

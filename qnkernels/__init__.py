@@ -3,6 +3,7 @@
 from . import functional, nn
 from .backends import BackendUnavailable, backend
 from .checkpoint import compressed_size, load_compressed, save_compressed
+from .kmeans import KMeansResult, kmeans
 from .product import ProductNoiseConfig
 from .ptq import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 from .quantize import quantize_, remove_noise_
@@ -14,11 +15,13 @@ __all__ = [
     "BackendUnavailable",
     "Int4WeightOnlyConfig",
     "Int8WeightOnlyConfig",
+    "KMeansResult",
     "ProductNoiseConfig",
     "ScalarNoiseConfig",
     "backend",
     "compressed_size",
     "functional",
+    "kmeans",
     "load_compressed",
     "nn",
     "quantize_",

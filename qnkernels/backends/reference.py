@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ..reference import block_noise, fake_quantize, int_linear, range
+from ..reference import block_noise, fake_quantize, int_linear, kmeans, pq, range
 
 
 def load() -> dict[str, Callable]:
@@ -17,5 +17,14 @@ def load() -> dict[str, Callable]:
         int_linear.int_linear,
         int_linear.int_linear_backward,
         int_linear.int_embedding,
+        kmeans.kmeans_assign,
+        kmeans.kmeans_update,
+        kmeans.kmeans_step,
+        pq.pq_decode,
+        pq.pq_decode_backward,
+        pq.pq_linear,
+        pq.pq_linear_backward,
+        pq.pq_embedding,
+        pq.pq_embedding_backward,
     )
     return {function.__name__: function for function in functions}

@@ -1,6 +1,6 @@
 """The ops, torch.ops.qnkernels.*: schema, argument checks, fake kernel, autograd, dispatch."""
 
-from . import block_noise, fake_quantize, int_linear, noisy_linear, range
+from . import block_noise, fake_quantize, int_linear, kmeans, noisy_linear, pq, range
 
 OPS = (
     "minmax",
@@ -13,6 +13,15 @@ OPS = (
     "int_linear",
     "int_linear_backward",
     "int_embedding",
+    "kmeans_assign",
+    "kmeans_update",
+    "kmeans_step",
+    "pq_decode",
+    "pq_decode_backward",
+    "pq_linear",
+    "pq_linear_backward",
+    "pq_embedding",
+    "pq_embedding_backward",
 )
 
-__all__ = ["OPS", "block_noise", "fake_quantize", "int_linear", "noisy_linear", "range"]
+__all__ = ["OPS", "block_noise", "fake_quantize", "int_linear", "kmeans", "noisy_linear", "pq", "range"]

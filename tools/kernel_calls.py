@@ -95,11 +95,22 @@ def int_layers() -> Calls:
                 yield "int_embedding", (indices, wide, scale, zero_point, bits, dtype)
 
 
+def kmeans() -> Calls:
+    """Dimensions of every register count; few points and many; with weights and without."""
+    for n, d in product((1, 1 << 20), (1, 2, 3, 4, 7, 8, 9, 12, 16, 25, 32, 33, 48, 64)):
+        yield "kmeans_assign", (torch.empty(n, d), torch.empty(256, d))
+    for d, weighted in product((1, 3, 4, 8, 16, 33, 64), (False, True)):
+        points, codes = torch.empty(1000, d), torch.zeros(1000, dtype=torch.int32)
+        weights = torch.empty(1000) if weighted else None
+        yield "kmeans_update", (points, codes, 256, 40, 30, weights)
+        yield "kmeans_step", (points, torch.empty(256, d), 40, 30, 35, weights)
+
+
 def _misaligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A contiguous tensor whose address is not a multiple of 16 bytes."""
     return torch.empty(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
 
 
 def all_calls() -> Calls:
-    for family in (fake_quantize, block_noise, ranges, parameters, int_layers):
+    for family in (fake_quantize, block_noise, ranges, parameters, int_layers, kmeans):
         yield from family()

@@ -31,7 +31,7 @@ def load() -> dict[str, Callable]:
 
 def kernels() -> dict[str, Callable]:
     """The callables by op name, without asking whether they can run here."""
-    from . import block_noise, fake_quantize, int_linear, parameters, range
+    from . import block_noise, fake_quantize, int_linear, kmeans, parameters, range
 
     functions = (
         range.minmax,
@@ -44,5 +44,8 @@ def kernels() -> dict[str, Callable]:
         int_linear.int_linear,
         int_linear.int_linear_backward,
         int_linear.int_embedding,
+        kmeans.kmeans_assign,
+        kmeans.kmeans_update,
+        kmeans.kmeans_step,
     )
     return {function.__name__: function for function in functions}

@@ -9,8 +9,9 @@ from torch import nn
 
 from . import container
 from .layers import naming
+from .nn.compressed import become_
 from .nn.encoder import choose_encoder_path_
-from .nn.packed import PackedLayer, become_
+from .nn.packed import PackedLayer
 from .ops.checks import fail
 from .specification import LayerSpec
 

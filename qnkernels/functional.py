@@ -18,6 +18,7 @@ __all__ = [
     "pq_embedding",
     "pq_linear",
     "quantization_parameters",
+    "round_to",
     "update_range_",
 ]
 
@@ -271,6 +272,11 @@ def pq_embedding(
 ) -> torch.Tensor:
     """Rows of a product-quantized table: indices [...] int64 -> [..., n_blocks * d] in the dtype of codebook."""
     return torch.ops.qnkernels.pq_embedding(indices, codes, codebook, codebook_grad)
+
+
+def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x rounded to the values of a narrower `dtype`, in its own dtype; the gradient is straight-through."""
+    return torch.ops.qnkernels.round_to(x, dtype)
 
 
 def _per_row(value: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,11 @@ from typing import ClassVar
 from torch import nn
 
 from .layers import Layers, Steps, check_owns_weight, naming
+from .nn.compressed import become_
 from .nn.int_embedding import IntEmbedding, check_embedding
 from .nn.int_linear import LINEAR
 from .nn.noisy import NoisyEmbedding, NoisyLinear, check_weight
-from .nn.packed import PackedLayer, PackedWeight, become_, check_packing_options, pack_weight
+from .nn.packed import PackedLayer, PackedWeight, check_packing_options, pack_weight
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from .int_embedding import IntEmbedding
 from .int_linear import Int4Linear, Int8Linear, IntLinear
 from .noise import ActivationNoise, BlockNoise, ScalarNoise
 from .noisy import NoisyConv2d, NoisyEmbedding, NoisyLinear
+from .pq import PQConv2d, PQEmbedding, PQLinear
 
 __all__ = [
     "ActivationNoise",
@@ -15,5 +16,8 @@ __all__ = [
     "NoisyConv2d",
     "NoisyEmbedding",
     "NoisyLinear",
+    "PQConv2d",
+    "PQEmbedding",
+    "PQLinear",
     "ScalarNoise",
 ]

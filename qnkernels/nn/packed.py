@@ -10,8 +10,7 @@ from .. import functional
 from ..ops.checks import fail
 from ..ops.int_linear import BITS
 from ..reference.int_linear import dequantize_weight, pack, quantize_weight
-from .fixed import FixedBuffers
-from .noisy import NoisyLayer, remove_noise_from_
+from .compressed import CompressedLayer
 
 OBSERVERS = ("minmax", "histogram")
 GRANULARITIES = ("channel", "tensor")
@@ -84,11 +83,10 @@ def pack_weight(
     return PackedWeight(codes, scale, None if symmetric else zero_point.to(torch.uint8), bits, weight.dtype)
 
 
-class PackedLayer(FixedBuffers):
+class PackedLayer(CompressedLayer):
     """A layer over a packed weight: buffers weight_packed, scale and zero_point (see PackedWeight).
 
-    `.weight` decodes the weight; it cannot be assigned. Casting the model changes the dtype that it
-    decodes to, never the codes or the scales.
+    Casting the model changes the dtype that the weight decodes to, never the codes or the scales.
     """
 
     FIXED = ("weight_packed", "scale", "zero_point")
@@ -130,19 +128,3 @@ class PackedLayer(FixedBuffers):
     def _packing_repr(self) -> str:
         groups = "" if self.group_size is None else f", group_size={self.group_size}"
         return f"bits={self.bits}{groups}{', symmetric=True' if self.symmetric else ''}"
-
-
-def become_(layer: nn.Module, packed_layer: PackedLayer) -> None:
-    """Turn `layer` into `packed_layer` in place, so that references to it, its hooks, its training flag
-    and whatever else was attached to it stay.
-    """
-    if isinstance(layer, NoisyLayer):
-        remove_noise_from_(layer)
-    del layer._parameters["weight"]
-    state = layer.__dict__
-    for kind in ("_parameters", "_buffers", "_modules"):
-        state[kind] = {**state[kind], **packed_layer.__dict__[kind]}
-    for name, value in packed_layer.__dict__.items():
-        if not name.startswith("_") and name != "training":
-            state[name] = value
-    layer.__class__ = type(packed_layer)

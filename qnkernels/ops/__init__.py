@@ -1,6 +1,6 @@
 """The ops, torch.ops.qnkernels.*: schema, argument checks, fake kernel, autograd, dispatch."""
 
-from . import block_noise, fake_quantize, int_linear, kmeans, noisy_linear, pq, range
+from . import block_noise, fake_quantize, int_linear, kmeans, noisy_linear, pq, range, rounding
 
 OPS = (
     "minmax",
@@ -24,4 +24,14 @@ OPS = (
     "pq_embedding_backward",
 )
 
-__all__ = ["OPS", "block_noise", "fake_quantize", "int_linear", "kmeans", "noisy_linear", "pq", "range"]
+__all__ = [
+    "OPS",
+    "block_noise",
+    "fake_quantize",
+    "int_linear",
+    "kmeans",
+    "noisy_linear",
+    "pq",
+    "range",
+    "rounding",
+]

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from .ops.checks import fail, check_float
+from .ops.checks import check_float, fail
 from .ops.kmeans import MAX_CLUSTERS, MAX_DIMENSION
+from .reference.kmeans import fixed_point
 
 INITS = ("random", "k-means++")
 BITS = 61  # of a fixed-point sum, without its sign
 SPLIT = 1e-3  # distance that a split cluster's halves are moved, in units of the points' spread
+CANCELLED = 16  # a difference this many times smaller than its parts is computed anew
+CHUNK = 1 << 20  # points whose distances are computed anew at once
 
 Progress = Callable[[int, float], None]
 
@@ -20,7 +23,7 @@ Progress = Callable[[int, float], None]
 @dataclass(frozen=True)
 class KMeansResult:
     """centroids fp32 [K, d]; codes int32 [n], the assignment that the centroids are the means of; objective:
-    after each iteration, the root of the (weighted) sum of squared distances of the points to their centroids.
+    after each iteration, the root of the (weighted) sum of squared distances of points to their centroids.
     """
 
     centroids: torch.Tensor
@@ -59,7 +62,8 @@ def kmeans(
     lloyd = _Lloyd(scaled, weights, group)
     objective: list[float] = []
     for iteration in range(n_iter):
-        centroids, value = lloyd.step(centroids)
+        # not after the last step, so that the result is the means
+        centroids, value = lloyd.step(lloyd.refilled(centroids))
         previous = objective[-1] if objective else math.inf
         objective.append(value)
         if progress is not None:
@@ -165,38 +169,64 @@ class _Lloyd:
         self._begin, self._end = self._n * rank // world, self._n * (rank + 1) // world
         self._points = points[self._begin : self._end]
         self._weights = None if weights is None else weights[self._begin : self._end]
-        largest = float(points.abs().max())
-        heaviest = 1.0 if weights is None else float(weights.max())
+        self._largest = float(points.abs().max())
+        self._heaviest = 1.0 if weights is None else float(weights.max())
         self._spread = float(points.std(unbiased=False)) if self._n else 0.0
         # so that sums over all n points stay below 2^BITS
-        self._exponent = _exponent(self._n * largest * heaviest)
-        self._weight_exponent = 0 if weights is None else _exponent(self._n * heaviest)
-        self._objective_exponent = _exponent(self._n * points.shape[1] * (2 * largest) ** 2 * heaviest)
-        self._codes = None
+        self._exponent = _exponent(self._n * self._largest * self._heaviest)
+        self._weight_exponent = 0 if weights is None else _exponent(self._n * self._heaviest)
+        self._codes = self._mass = None
 
     def step(self, centroids: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """The means of the points nearest to each centroid, and the objective they reach."""
-        exponents = (self._exponent, self._weight_exponent, self._objective_exponent)
+        """The means of the points nearest to each centroid, and the objective they reach. A cluster without
+        points keeps its centroid.
+        """
+        reach = max(self._largest, float(centroids.abs().max()))
+        exponent = self._objective_exponent(reach)
+        exponents = (self._exponent, self._weight_exponent, exponent)
         self._codes, sums, mass, total = torch.ops.qnkernels.kmeans_step(
             self._points, centroids, *exponents, self._weights
         )
-        if self._group is not None:
-            for part in (sums, mass, total):
-                dist.all_reduce(part, group=self._group)
-        mass = torch.ldexp(mass.double(), torch.tensor(-self._weight_exponent))[:, None]
-        occupied = mass > 0
-        means = torch.ldexp(sums.double(), torch.tensor(-self._exponent)) / mass.clamp(min=1e-300)
-        means = torch.where(occupied, means.float(), centroids)
+        self._all_reduce(sums, mass, total)
+        self._mass = mass = torch.ldexp(mass.double(), torch.tensor(-self._weight_exponent))
+        means = torch.ldexp(sums.double(), torch.tensor(-self._exponent)) / mass[:, None].clamp(min=1e-300)
+        means = torch.where(mass[:, None] > 0, means.float(), centroids)
         # the squared error falls by mass * |step|^2 when a centroid moves to the mean of its points
-        moved = (mass * (means.double() - centroids.double()) ** 2).sum()
-        squared = math.ldexp(float(total), -self._objective_exponent) - float(moved)
-        if not bool(occupied.all()):
-            means = self._refilled(means, mass[:, 0])
-        return means, math.sqrt(max(squared, 0.0))
+        moved = mass[:, None] * (means.double() - centroids.double()) ** 2
+        squared = int(total) - int(fixed_point(moved, exponent).sum())
+        if squared * CANCELLED < int(total):  # the centroids came from afar: little is left of the digits
+            exponent = self._objective_exponent(self._largest)
+            squared = self._squared_error(means, exponent)
+        return means, math.sqrt(math.ldexp(max(squared, 0), -exponent))
 
-    def _refilled(self, means: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-        """Give each empty cluster half of the most populated one: two centroids, a little to either side."""
-        means, mass = means.clone(), mass.clone()
+    def _objective_exponent(self, reach: float) -> int:
+        """For the sum of squared distances to centroids whose coordinates do not exceed `reach`."""
+        return _exponent(self._n * self._points.shape[1] * (self._largest + reach) ** 2 * self._heaviest)
+
+    def _squared_error(self, means: torch.Tensor, exponent: int) -> int:
+        """Of all points to the means of their clusters, in the unit 2^-exponent."""
+        total = torch.zeros((), dtype=torch.int64, device=means.device)
+        for begin in range(0, len(self._points), CHUNK):
+            rows = slice(begin, begin + CHUNK)
+            difference = self._points[rows].double() - means[self._codes[rows].long()].double()
+            terms = difference.square().sum(1)
+            terms = terms if self._weights is None else terms * self._weights[rows].double()
+            total += fixed_point(terms, exponent).sum()
+        self._all_reduce(total)
+        return int(total)
+
+    def _all_reduce(self, *parts: torch.Tensor) -> None:
+        if self._group is not None:
+            for part in parts:
+                dist.all_reduce(part, group=self._group)
+
+    def refilled(self, centroids: torch.Tensor) -> torch.Tensor:
+        """Give each cluster that was empty half of the most populated one: two centroids, a little to either
+        side of its mean.
+        """
+        if self._mass is None or bool((self._mass > 0).all()):
+            return centroids
+        means, mass = centroids.clone(), self._mass.clone()
         signs = torch.ones(means.shape[1], device=means.device)
         signs[1::2] = -1
         step = signs * max(SPLIT * self._spread, torch.finfo(torch.float32).tiny)
@@ -211,7 +241,7 @@ class _Lloyd:
             return self._codes
         codes = self._codes.new_zeros(self._n)
         codes[self._begin : self._end] = self._codes
-        dist.all_reduce(codes, group=self._group)
+        self._all_reduce(codes)
         return codes
 
 

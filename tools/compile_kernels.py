@@ -25,7 +25,10 @@ TRITON_ARCHS = {80: 108, 90: 132}
 CUDA_ARCHS = ("sm_80", "sm_90a")
 # Not rounded once per operation: the quantizers would differ from the reference.
 INEXACT = re.compile(r"\b(?:fma\.rn|div\.full|\w+(?:\.\w+)*\.(?:approx|ftz))\S*")
-MAY_FUSE = ("int_linear_kernel", "int_linear_backward_kernel", "kmeans_assign_kernel")
+MAY_FUSE = (
+    *("int_linear_kernel", "int_linear_backward_kernel", "kmeans_assign_kernel", "pq_linear_kernel"),
+    *("pq_linear_few_kernel", "pq_linear_grad_x_kernel", "pq_linear_grad_codebook_kernel"),
+)
 NVCC_FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden", "-I", str(ROOT / "csrc"))
 
 

@@ -106,11 +106,44 @@ def kmeans() -> Calls:
         yield "kmeans_step", (points, torch.empty(256, d), 40, 30, 35, weights)
 
 
+def product_layers() -> Calls:
+    """Rows of every tile; blocks that fill lanes, leave some idle, and take several steps; both layouts."""
+    weights = (
+        (256, 64, 8, torch.uint8, False),
+        (256, 64, 8, torch.uint8, True),
+        (255, 33, 9, torch.uint16, False),
+        (256, 64, 4, torch.uint16, True),
+        (256, 32, 16, torch.uint8, False),
+        (256, 16, 32, torch.uint8, True),
+        (256, 4, 64, torch.uint8, False),
+        (64, 512, 1, torch.uint8, False),
+    )
+    indices = torch.zeros(3, dtype=torch.int64)
+    for dtype, (rows, n_blocks, d, kind, transposed) in product(FLOATS, weights):
+        codes = torch.empty(rows, n_blocks, dtype=kind)
+        if transposed:
+            codes = codes.t().contiguous().t()
+        codebook, bias = torch.empty(256, d, dtype=dtype), torch.empty(rows)
+        for m in (1, 2, 3, 4, 16, 64, 65, 1 << 16):
+            x, grad = (torch.empty(m, columns, dtype=dtype) for columns in (n_blocks * d, rows))
+            yield "pq_linear", (x, codes, codebook, bias if m % 2 else None)
+            yield "pq_linear_backward", (grad, x, codes, codebook, True, True, True)
+        yield "pq_decode", (codes, codebook)
+        yield "pq_embedding", (indices, codes, codebook)
+        grad = torch.empty(rows, n_blocks * d, dtype=dtype)
+        yield "pq_decode_backward", (grad, codes, 256, True)
+        yield "pq_embedding_backward", (grad[:3], indices, codes, 256, True)
+    # so many tiles that columns are not split
+    codes, codebook = torch.empty(1 << 16, 64, dtype=torch.uint8), torch.empty(256, 8, dtype=BF16)
+    for m in (1, 16):
+        yield "pq_linear", (torch.empty(m, 512, dtype=BF16), codes, codebook, torch.empty(1 << 16))
+
+
 def _misaligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A contiguous tensor whose address is not a multiple of 16 bytes."""
     return torch.empty(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
 
 
 def all_calls() -> Calls:
-    for family in (fake_quantize, block_noise, ranges, parameters, int_layers, kmeans):
+    for family in (fake_quantize, block_noise, ranges, parameters, int_layers, kmeans, product_layers):
         yield from family()

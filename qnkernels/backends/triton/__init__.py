@@ -31,7 +31,17 @@ def load() -> dict[str, Callable]:
 
 def kernels() -> dict[str, Callable]:
     """The callables by op name, without asking whether they can run here."""
-    from . import block_noise, fake_quantize, int_linear, kmeans, parameters, range
+    from . import (
+        block_noise,
+        fake_quantize,
+        int_linear,
+        kmeans,
+        parameters,
+        pq_embedding,
+        pq_linear,
+        pq_linear_backward,
+        range,
+    )
 
     functions = (
         range.minmax,
@@ -47,5 +57,11 @@ def kernels() -> dict[str, Callable]:
         kmeans.kmeans_assign,
         kmeans.kmeans_update,
         kmeans.kmeans_step,
+        pq_embedding.pq_decode,
+        pq_embedding.pq_decode_backward,
+        pq_embedding.pq_embedding,
+        pq_embedding.pq_embedding_backward,
+        pq_linear.pq_linear,
+        pq_linear_backward.pq_linear_backward,
     )
     return {function.__name__: function for function in functions}

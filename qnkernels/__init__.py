@@ -4,6 +4,7 @@ from . import functional, nn
 from .backends import BackendUnavailable, backend
 from .checkpoint import compressed_size, load_compressed, save_compressed
 from .kmeans import KMeansResult, kmeans
+from .pq import PQConfig
 from .product import ProductNoiseConfig
 from .ptq import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 from .quantize import quantize_, remove_noise_
@@ -16,6 +17,7 @@ __all__ = [
     "Int4WeightOnlyConfig",
     "Int8WeightOnlyConfig",
     "KMeansResult",
+    "PQConfig",
     "ProductNoiseConfig",
     "ScalarNoiseConfig",
     "backend",

@@ -7,11 +7,12 @@ from torch import nn
 
 from .nn.encoder import choose_encoder_path_
 from .nn.noisy import NoisyLayer, remove_noise_from_
+from .pq import PQConfig
 from .product import ProductNoiseConfig
 from .ptq import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 from .scalar import ScalarNoiseConfig
 
-Config = ScalarNoiseConfig | ProductNoiseConfig | Int8WeightOnlyConfig | Int4WeightOnlyConfig
+Config = ScalarNoiseConfig | ProductNoiseConfig | Int8WeightOnlyConfig | Int4WeightOnlyConfig | PQConfig
 
 
 def quantize_(

@@ -75,8 +75,9 @@ def in_recomputation() -> bool:
 class ObservedRange(FixedBuffers):
     """The range of a quantizer, observed once in every `update_every` training forwards.
 
-    Buffers, none of them persistent: low, high fp32 of `shape`; step, the training forwards so far, and
-    bits, both 0-d int64. Bits may be changed at any time, in place, without recompilation.
+    Buffers: low, high fp32 of `shape`; step, the training forwards so far, and bits, both 0-d int64. Bits
+    may be changed at any time, in place, without recompilation. None is saved, unless `persistent` says that
+    all but bits are.
     """
 
     FIXED = ("low", "high", "step", "bits")
@@ -91,13 +92,14 @@ class ObservedRange(FixedBuffers):
         device: torch.device,
         axis: int | None = None,
         group_size: int | None = None,
+        persistent: bool = False,
     ) -> None:
         super().__init__()
         self.observer, self.update_every, self.momentum = observer, update_every, momentum
         self.axis, self.group_size = axis, group_size
-        self.register_buffer("low", torch.zeros(shape, device=device), persistent=False)
-        self.register_buffer("high", torch.zeros(shape, device=device), persistent=False)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("low", torch.zeros(shape, device=device), persistent)
+        self.register_buffer("high", torch.zeros(shape, device=device), persistent)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device), persistent)
         bits = torch.full((), bits, dtype=torch.int64, device=device)
         self.register_buffer("bits", bits, persistent=False)
 
@@ -229,7 +231,8 @@ class ActivationNoise(ObservedRange):
 
     In training the range is observed and the output is quantized at rate p (0: observed only). In eval
     the whole output is quantized over the range that training observed; before any training forward,
-    over its own. An empty output passes unchanged and is not observed.
+    over its own. An empty output passes unchanged and is not observed. persistent: the range is saved with
+    the model.
     """
 
     def __init__(
@@ -240,9 +243,10 @@ class ActivationNoise(ObservedRange):
         update_every: int = 100,
         momentum: float = 0.1,
         device: torch.device | None = None,
+        persistent: bool = False,
     ) -> None:
         check_scalar_options(bits, p, observer, "tensor", None, update_every, momentum)
-        super().__init__((), bits, observer, update_every, momentum, device)
+        super().__init__((), bits, observer, update_every, momentum, device, persistent=persistent)
         self.p = p
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:

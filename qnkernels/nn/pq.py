@@ -44,7 +44,8 @@ class PQLinear(PQLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out] in the dtype of x (under autocast, in its dtype)."""
         x = x.to(autocast_dtype(x.device.type) or x.dtype)
-        return functional.pq_linear(x, self.codes, self.codewords(), self.bias, self.codebook_grad)
+        y = functional.pq_linear(x, self.codes, self.codewords(), self.bias, self.codebook_grad)
+        return self._output(y)
 
     def extra_repr(self) -> str:
         return (
@@ -88,10 +89,10 @@ class PQEmbedding(PQLayer):
         """indices [...], int64 or int32 -> [..., embedding_dim] in the dtype of the codebook."""
         indices = indices.long()
         y = functional.pq_embedding(indices, self.codes, self.codewords(), self.codebook_grad)
-        if self.padding_idx is None:
-            return y
-        padding = (indices == self.padding_idx)[..., None]
-        return y.masked_fill(padding, 0) if self.zero_padding else torch.where(padding, y.detach(), y)
+        if self.padding_idx is not None:
+            padding = (indices == self.padding_idx)[..., None]
+            y = y.masked_fill(padding, 0) if self.zero_padding else torch.where(padding, y.detach(), y)
+        return self._output(y)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -162,10 +163,10 @@ class PQConv2d(PQLayer):
         if any(self.padded_sides):
             x = F.pad(x, self.padded_sides, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if self.groups == 1 and torch.is_grad_enabled() and self.codebook.requires_grad:
-            return self._unfolded(x)
+            return self._output(self._unfolded(x))
         weight = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+        return self._output(F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups))
 
     def _unfolded(self, x: torch.Tensor) -> torch.Tensor:
         """x [batch, in, h, w], padded."""

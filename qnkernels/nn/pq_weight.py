@@ -11,7 +11,7 @@ from ..kmeans import kmeans
 from ..ops.checks import fail
 from ..ops.pq import GRADIENTS, MAX_CENTROIDS, MAX_DIMENSION
 from .compressed import CompressedLayer
-from .noise import check_integer
+from .noise import ActivationNoise, check_integer
 from .noisy import check_weight
 
 CODEBOOK_DTYPES = (torch.float16, torch.bfloat16, torch.int8)
@@ -122,6 +122,18 @@ class PQLayer(CompressedLayer):
         self.register_buffer("codes", pq.codes)
         if pq.codebook_dtype == torch.int8:
             self.register_buffer("codebook_scale", pq.scale)
+        self.activations = False
+
+    def quantize_activations_(self) -> None:
+        """Fake-quantize the output to 8 bits: in training over a moving range, in eval over the range that
+        training left (before any training: over its own). The range is part of the state_dict.
+        """
+        options = dict(bits=8, p=1.0, observer="ema_minmax", update_every=1, persistent=True)
+        self.activations = True
+        self.activation_noise = ActivationNoise(device=self.codes.device, **options).train(self.training)
+
+    def _output(self, y: torch.Tensor) -> torch.Tensor:
+        return self.activation_noise(y) if self.activations else y
 
     @property
     def block_size(self) -> int:

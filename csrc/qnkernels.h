@@ -91,6 +91,23 @@ QNK_API int qnk_cpu_int_embedding(const int64_t* indices, int64_t count, const u
                                   const float* scale, const uint8_t* zero_point, void* out, int out_dtype,
                                   int64_t rows, int64_t k, int64_t groups, int bits);
 
+// codes, distances [n] <- index of the nearest of centroids [k, d], the lowest among equals, and the squared distance to
+// it, of points [n, d]. d up to 64.
+QNK_API int qnk_cpu_kmeans_assign(const float* points, int64_t n, int64_t d, const float* centroids, int64_t k,
+                                  int32_t* codes, float* distances);
+
+// sums [k, d], mass [k] <- sums of (weight *) points by code in units of 2^-exponent, and of weights in units of
+// 2^-weight_exponent. weights [n] may be null: mass then counts.
+QNK_API int qnk_cpu_kmeans_update(const float* points, const int32_t* codes, const float* weights, int64_t n,
+                                  int64_t d, int64_t k, int exponent, int weight_exponent, int64_t* sums,
+                                  int64_t* mass);
+
+// Both at once; objective <- sum of (weight *) squared distances in units of 2^-objective_exponent.
+QNK_API int qnk_cpu_kmeans_step(const float* points, const float* weights, int64_t n, int64_t d,
+                                const float* centroids, int64_t k, int exponent, int weight_exponent,
+                                int objective_exponent, int32_t* codes, int64_t* sums, int64_t* mass,
+                                int64_t* objective);
+
 // ---- CUDA library: pointers to device memory, stream is a cudaStream_t, nothing waits ----
 
 QNK_API const char* qnk_cuda_last_error(void);

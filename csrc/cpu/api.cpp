@@ -109,3 +109,20 @@ int qnk_cpu_int_embedding(const int64_t* indices, int64_t count, const uint8_t* 
     return table().int_embedding(indices, count, weight, scale, zero_point, out, out_dtype, rows, k, groups,
                                  bits);
 }
+
+int qnk_cpu_kmeans_assign(const float* points, int64_t n, int64_t d, const float* centroids, int64_t k,
+                          int32_t* codes, float* distances) {
+    return table().kmeans_assign(points, n, d, centroids, k, codes, distances);
+}
+
+int qnk_cpu_kmeans_update(const float* points, const int32_t* codes, const float* weights, int64_t n, int64_t d,
+                          int64_t k, int exponent, int weight_exponent, int64_t* sums, int64_t* mass) {
+    return table().kmeans_update(points, codes, weights, n, d, k, exponent, weight_exponent, sums, mass);
+}
+
+int qnk_cpu_kmeans_step(const float* points, const float* weights, int64_t n, int64_t d, const float* centroids,
+                        int64_t k, int exponent, int weight_exponent, int objective_exponent, int32_t* codes,
+                        int64_t* sums, int64_t* mass, int64_t* objective) {
+    return table().kmeans_step(points, weights, n, d, centroids, k, exponent, weight_exponent, objective_exponent,
+                               codes, sums, mass, objective);
+}

@@ -12,6 +12,9 @@
     X(block_noise)                                                                                     \
     X(int_linear)                                                                                      \
     X(int_linear_backward)                                                                             \
-    X(int_embedding)
+    X(int_embedding)                                                                                   \
+    X(kmeans_assign)                                                                                   \
+    X(kmeans_update)                                                                                   \
+    X(kmeans_step)
 
 #define QNK_DECLARE_KERNEL(name) decltype(qnk_cpu_##name) name;

@@ -41,13 +41,16 @@ CPU_ARGTYPES = {
     "int_linear": [*(POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER), SIZE, SIZE, SIZE, SIZE, INT],
     "int_linear_backward": [*(POINTER, INT, POINTER, POINTER, POINTER, POINTER), SIZE, SIZE, SIZE, SIZE, INT],
     "int_embedding": [POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, INT, SIZE, SIZE, SIZE, INT],
+    "kmeans_assign": [POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER],
+    "kmeans_update": [POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, INT, INT, POINTER, POINTER],
+    "kmeans_step": [POINTER, POINTER, SIZE, SIZE, POINTER, SIZE, INT, INT, INT, *[POINTER] * 4],
 }
 CUDA_ARGTYPES = {"fake_quantize": [*_FAKE_QUANTIZE, POINTER]}
 
 STATUS = {
     1: "bits: expected 2 to 16 (4 or 8 where packed)",
     2: "dtype: expected float32, bfloat16 or float16",
-    3: "indices: expected values inside the table",
+    3: "indices, codes: expected values inside the table",
     4: "out of memory for a work buffer",
 }
 

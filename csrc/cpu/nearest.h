@@ -1,0 +1,451 @@
+// Nearest of K codewords, exact in fp32, for points of up to 64 dimensions.
+//
+// Scores |c|^2 / 2 - x.c order the codewords of a point like its distances, up to rounding. They are taken 16 codewords
+// at a time, a row of 16 lanes, and only the least score of each lane is kept: a lane holds the scores of one group of
+// up to 16 codewords. Groups whose least score is within the rounding of the best one are then compared by their
+// distances themselves, sum_j (x_j - c_j)^2. Points and codewords are shifted by the mean codeword before scoring, so
+// that a common offset costs no precision.
+//
+// Per point and codeword: d multiply-adds and a minimum, or with AMX a 256th of a 16-cycle tile product for d <= 10
+// (bf16 halves of x and c: x.c = xh.ch + xl.ch + xh.cl). Per point besides: the distances of 16 codewords.
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "cpu/vec.h"
+
+namespace qnk {
+inline namespace QNK_ISA {
+
+constexpr int kRow = 16;          // lanes of a row of scores, codewords of a group at most
+constexpr int kRowVecs = kRow / kLanes;
+constexpr int kTilePoints = 32;   // points that are looked up together
+constexpr int kBlock = 256;       // codewords of a block: 16 lanes of up to 16
+constexpr int kMaxDimension = 64;
+constexpr float kInfinity = __builtin_inff();
+
+class Codebook {
+  public:
+    Codebook() = default;
+    Codebook(const Codebook&) = delete;
+    Codebook& operator=(const Codebook&) = delete;
+    ~Codebook() { free(memory_); }
+
+    // codewords [k, d]; false without memory.
+    bool prepare(const float* codewords, int64_t k, int d);
+
+    // codes, distances [count] of points [count, d], count <= kTilePoints. work: work_bytes() aligned to 64.
+    // With AMX, inside a Tiles scope.
+    void nearest(const float* points, int count, void* work, int32_t* codes, float* distances) const;
+
+    int64_t work_bytes() const;
+
+  private:
+    // Codewords of lane l of block b: count in a row, the first being first.
+    int64_t group_size(int64_t block) const { return block + 1 < blocks_ ? kRow : last_tiles_; }
+    int64_t first_of(int64_t block, int64_t lane) const { return block * kBlock + lane * group_size(block); }
+
+    template <int D>
+    void nearest_of(const float* points, int count, void* work, int32_t* codes, float* distances) const;
+    template <int D>
+    void distances_in_group(const float* x, int64_t group, float* squared) const;
+    template <int D>
+    void in_group(const float* x, int64_t block, int lane, int32_t* code, float* distance) const;
+    template <int D>
+    void choose(const float* points, int count, const float* least, float tolerance, int32_t* codes,
+                float* distances) const;
+    template <int D>
+    void scores(const float* shifted, int count, float* least) const;
+    void tile_scores(const float* shifted, int count, void* work, float* least) const;
+    void write_tiles(const float* shifted, int64_t row, int lane) const;
+    float shifted_points(const float* points, int count, float* shifted) const;
+
+    int64_t k_ = 0, blocks_ = 0, last_tiles_ = 0;
+    int d_ = 0, steps_ = 0;
+    bool direct_only_ = false;
+    float norm_ = 0.0f;   // largest |c - shift|
+    float scale_ = 1.0f;  // power of two that brings norm_ to about 1, for bf16
+    float shift_[kMaxDimension * kRow] = {};  // the mean codeword, 16 times over
+    void* memory_ = nullptr;
+    float* groups_ = nullptr;    // [blocks * 16 lanes][d][16]: codewords of a group side by side, infinite where none
+    float* rows_ = nullptr;      // [rows][1 + d][16]: half norms and coordinates less the shift; infinite norms where none
+    float* norms_ = nullptr;     // [rows][16]: half norms in the scale of the tiles, where sums of AMX start
+    uint16_t* tiles_ = nullptr;  // [rows][steps][16][32]: bf16 operands of AMX
+};
+
+#if defined(__AMX_TILE__)
+constexpr bool kHasTiles = true;
+
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// While it lives, this thread's eight tiles are 16 rows of 64 bytes.
+class Tiles {
+  public:
+    Tiles() {
+        const TileShapes shapes;
+        _tile_loadconfig(&shapes);
+    }
+    ~Tiles() { _tile_release(); }
+};
+#else
+constexpr bool kHasTiles = false;
+
+class Tiles {
+  public:
+    Tiles() {}
+    ~Tiles() {}
+};
+#endif
+
+// minima [16] <- least value of each of 16 rows of 16 (aligned to 64 bytes).
+inline void row_minima(const float* rows, float* minima) {
+#if defined(__AVX512F__)
+    const auto fold = [](__m512 a, __m512 b) { return _mm512_min_ps(a, b); };
+    __m512 quads[4];  // lane l holds, of four rows, the least of their elements 4 l to 4 l + 3
+    for (int q = 0; q < 4; ++q) {
+        const float* row = rows + q * 4 * kRow;
+        const __m512 a = _mm512_load_ps(row), b = _mm512_load_ps(row + kRow);
+        const __m512 c = _mm512_load_ps(row + 2 * kRow), d = _mm512_load_ps(row + 3 * kRow);
+        const __m512d ab = _mm512_castps_pd(fold(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+        const __m512d cd = _mm512_castps_pd(fold(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+        quads[q] = fold(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    }
+    const auto halves = [&](__m512 a, __m512 b) {
+        return fold(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const __m512 low = halves(quads[0], quads[1]), high = halves(quads[2], quads[3]);
+    _mm512_store_ps(minima, fold(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd)));
+#else
+    for (int r = 0; r < kRow; ++r) {
+        Vec least = load(rows + r * kRow);
+        for (int v = 1; v < kRowVecs; ++v) least = min(load(rows + r * kRow + v * kLanes), least);
+        minima[r] = min_of(least);
+    }
+#endif
+}
+
+// Bit l is set where element l of a row is at most `bound`.
+inline uint32_t at_most(const float* row, float bound) {
+    uint32_t bits = 0;
+    for (int v = 0; v < kRowVecs; ++v) {
+        const Mask greater = less(splat(bound), load(row + v * kLanes));
+        bits |= static_cast<uint32_t>(first_lanes(kLanes) & static_cast<Mask>(~greater)) << (v * kLanes);
+    }
+    return bits;
+}
+
+inline int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+inline bool Codebook::prepare(const float* codewords, int64_t k, int d) {
+    k_ = k, d_ = d;
+    blocks_ = (k + kBlock - 1) / kBlock;
+    last_tiles_ = rounded_up((k - (blocks_ - 1) * kBlock + kRow - 1) / kRow, 2);  // tile products go in pairs
+    direct_only_ = k <= kRow;
+    if (direct_only_) last_tiles_ = kRow;
+    steps_ = (3 * d + 31) / 32;
+    const int64_t rows = (blocks_ - 1) * kRow + last_tiles_, groups = blocks_ * kRow;
+    const int64_t group_floats = groups * d * kRow, row_floats = rows * (1 + d) * kRow;
+    const int64_t norm_floats = kHasTiles ? rows * kRow : 0, tile_halves = kHasTiles ? rows * steps_ * 512 : 0;
+    const int64_t bytes = 4 * (group_floats + row_floats + norm_floats) + 2 * tile_halves;
+    memory_ = aligned_alloc(64, static_cast<size_t>(rounded_up(bytes, 64)));
+    if (!memory_) return false;
+    groups_ = static_cast<float*>(memory_);
+    rows_ = groups_ + group_floats;
+    norms_ = rows_ + row_floats;
+    tiles_ = reinterpret_cast<uint16_t*>(norms_ + norm_floats);
+    for (int64_t i = 0; i < tile_halves; ++i) tiles_[i] = 0;
+
+    double mean[kMaxDimension] = {};
+    for (int64_t i = 0; i < k; ++i)
+        for (int j = 0; j < d; ++j) mean[j] += codewords[i * d + j];
+    for (int j = 0; j < d * kRow; ++j) shift_[j] = static_cast<float>(mean[j % d] / static_cast<double>(k));
+    double largest = 0.0;
+    for (int64_t i = 0; i < k; ++i) {
+        double squared = 0.0;
+        for (int j = 0; j < d; ++j) {
+            const double c = codewords[i * d + j] - shift_[j];
+            squared += c * c;
+        }
+        largest = squared > largest ? squared : largest;
+    }
+    norm_ = static_cast<float>(__builtin_sqrt(largest));
+    int exponent = 0;
+    if (norm_ > 0.0f && norm_ < kInfinity) (void)__builtin_frexpf(norm_, &exponent);
+    exponent = exponent > 100 ? 100 : exponent < -100 ? -100 : exponent;
+    scale_ = __builtin_ldexpf(1.0f, -exponent);
+
+    for (int64_t i = 0; i < group_floats; ++i) groups_[i] = kInfinity;
+    for (int64_t block = 0; block < blocks_; ++block) {
+        const int64_t size = group_size(block);
+        for (int lane = 0; lane < kRow; ++lane)
+            for (int64_t t = 0; t < size; ++t) {
+                const int64_t i = block * kBlock + lane * size + t, row = block * kRow + t;
+                const bool real = i < k;
+                float shifted[kMaxDimension];
+                double squared = 0.0;
+                float* group = groups_ + (block * kRow + lane) * d * kRow;
+                float* at = rows_ + row * (1 + d) * kRow + lane;
+                for (int j = 0; j < d; ++j) {
+                    shifted[j] = real ? codewords[i * d + j] - shift_[j] : 0.0f;
+                    squared += static_cast<double>(shifted[j]) * shifted[j];
+                    if (real) group[j * kRow + t] = codewords[i * d + j];
+                    at[(1 + j) * kRow] = shifted[j];
+                }
+                const float half_norm = real ? static_cast<float>(squared / 2) : kInfinity;
+                at[0] = half_norm;
+                if (kHasTiles) {
+                    norms_[row * kRow + lane] = half_norm * scale_ * scale_;
+                    write_tiles(shifted, row, lane);
+                }
+            }
+    }
+    return true;
+}
+
+// The column of a codeword in the tiles of its row: pairs of values along the dimension that a product sums over.
+inline void Codebook::write_tiles(const float* shifted, int64_t row, int lane) const {
+    const auto set = [&](int i, bf16 value) {
+        tiles_[((row * steps_ + i / 32) * 16 + i % 32 / 2) * 32 + 2 * lane + i % 2] = value.bits;
+    };
+    for (int j = 0; j < d_; ++j) {
+        const float c = -shifted[j] * scale_;
+        const bf16 upper = from_float<bf16>(c);
+        set(j, upper);
+        set(d_ + j, upper);
+        set(2 * d_ + j, from_float<bf16>(c - to_float(upper)));
+    }
+}
+
+inline int64_t Codebook::work_bytes() const {
+    const int64_t least = 4 * blocks_ * kTilePoints * kRow, shifted = 4 * kTilePoints * kMaxDimension;
+    const int64_t operands = kHasTiles ? 2 * kTilePoints * 32 * steps_ : 0, products = kHasTiles ? 4 * 8 * 16 * 32 : 0;
+    return rounded_up(least + shifted + operands + products, 64);
+}
+
+inline void Codebook::nearest(const float* points, int count, void* work, int32_t* codes, float* distances) const {
+    switch (d_) {
+        case 4: return nearest_of<4>(points, count, work, codes, distances);
+        case 8: return nearest_of<8>(points, count, work, codes, distances);
+        case 16: return nearest_of<16>(points, count, work, codes, distances);
+        default: return nearest_of<0>(points, count, work, codes, distances);
+    }
+}
+
+// shifted [count, d] <- points less the mean codeword; returns the largest magnitude among them.
+inline float Codebook::shifted_points(const float* points, int count, float* shifted) const {
+    const int total = count * d_, repeat = d_ * kRow;
+    uint32_t largest = 0;  // magnitudes of floats are ordered as their bits
+    for (int first = 0; first < total; first += repeat) {
+        const int together = total - first < repeat ? total - first : repeat;
+        for (int i = 0; i < together; ++i) {
+            const float value = points[first + i] - shift_[i];
+            const uint32_t magnitude = float_bits(value) & 0x7fffffffu;
+            shifted[first + i] = value;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+    }
+    return bits_float(largest);
+}
+
+// squared [16] <- squared distances to the codewords of a group.
+template <int D>
+inline void Codebook::distances_in_group(const float* x, int64_t group, float* squared) const {
+    const int d = D ? D : d_;
+    const float* codewords = groups_ + group * d * kRow;
+    for (int v = 0; v < kRowVecs; ++v) {
+        Vec sum = splat(0.0f);
+        for (int j = 0; j < d; ++j) {
+            const Vec difference = load(codewords + j * kRow + v * kLanes) - splat(x[j]);
+            sum = fma(difference, difference, sum);
+        }
+        store(squared + v * kLanes, sum);
+    }
+}
+
+// Least distance to the codewords of a group, if it is less than *distance.
+template <int D>
+inline void Codebook::in_group(const float* x, int64_t block, int lane, int32_t* code, float* distance) const {
+    alignas(64) float squared[kRow];
+    distances_in_group<D>(x, block * kRow + lane, squared);
+    for (int t = 0; t < kRow; ++t)
+        if (squared[t] < *distance) {
+            *distance = squared[t];
+            *code = static_cast<int32_t>(first_of(block, lane)) + t;
+        }
+}
+
+template <int D>
+inline void Codebook::nearest_of(const float* points, int count, void* work, int32_t* codes, float* distances) const {
+    const int d = D ? D : d_;
+    if (direct_only_) {
+        alignas(64) float squared[kTilePoints * kRow], minima[kTilePoints];
+        for (int p = 0; p < count; ++p) distances_in_group<D>(points + p * d, 0, squared + p * kRow);
+        for (int p = 0; p < kTilePoints; p += kRow) row_minima(squared + p * kRow, minima + p);
+        for (int p = 0; p < count; ++p) {
+            distances[p] = minima[p];
+            const uint32_t equal = at_most(squared + p * kRow, minima[p]);
+            codes[p] = equal ? __builtin_ctz(equal) : 0;
+        }
+        return;
+    }
+    float* least = static_cast<float*>(work);  // [blocks][points][16]
+    float* shifted = least + blocks_ * kTilePoints * kRow;
+    const float largest = shifted_points(points, count, shifted);
+    if (kHasTiles)
+        tile_scores(shifted, count, shifted + kTilePoints * kMaxDimension, least);
+    else
+        scores<D>(shifted, count, least);
+    // rounding of a score, twice: products of norms times units in the last place
+    const float unit = (d + 4) * 0x1p-22f + (kHasTiles ? 0x1p-15f : 0.0f);
+    const float reach = largest * __builtin_sqrtf(static_cast<float>(d)) + norm_;
+    const float tolerance = unit * reach * norm_ * (kHasTiles ? scale_ * scale_ : 1.0f);
+    for (int p = 0; p < count; p += kRow)
+        choose<D>(points + p * d, count - p < kRow ? count - p : kRow, least + p * kRow, tolerance, codes + p,
+                  distances + p);
+}
+
+// The nearest codewords of up to 16 points, from the least scores of their groups.
+template <int D>
+inline void Codebook::choose(const float* points, int count, const float* least, float tolerance, int32_t* codes,
+                             float* distances) const {
+    const int d = D ? D : d_;
+    constexpr int64_t kStride = kTilePoints * kRow;  // from block to block
+    alignas(64) float bounds[kRow], minima[kRow], overall[kRow * kRow], squared[kRow * kRow];
+    if (blocks_ > 1)
+        for (int i = 0; i < kRow * kRow; i += kLanes) {
+            Vec lowest = load(least + i);
+            for (int64_t b = 1; b < blocks_; ++b) lowest = min(load(least + b * kStride + i), lowest);
+            store(overall + i, lowest);
+        }
+    row_minima(blocks_ > 1 ? overall : least, bounds);
+    int64_t groups[kRow];
+    uint32_t several = 0;  // points with more than one group to compare
+    for (int p = 0; p < count; ++p) {
+        const float bound = bounds[p] + tolerance;
+        int candidates = 0;
+        groups[p] = 0;
+        for (int64_t b = 0; b < blocks_; ++b) {
+            const uint32_t close = at_most(least + b * kStride + p * kRow, bound);
+            if (!close) continue;
+            candidates += close & (close - 1) ? 2 : 1;
+            groups[p] = b * kRow + __builtin_ctz(close);
+        }
+        several |= static_cast<uint32_t>(candidates != 1) << p;
+        distances_in_group<D>(points + p * d, groups[p], squared + p * kRow);
+    }
+    row_minima(squared, minima);
+    for (int p = 0; p < count; ++p) {
+        const uint32_t equal = at_most(squared + p * kRow, minima[p]);
+        distances[p] = minima[p];
+        const auto first = static_cast<int32_t>(first_of(groups[p] / kRow, groups[p] % kRow));
+        codes[p] = equal ? first + __builtin_ctz(equal) : 0;  // no distance equals its minimum if it is NaN
+    }
+    for (; several; several &= several - 1) {
+        const int p = __builtin_ctz(several);
+        codes[p] = 0, distances[p] = kInfinity;
+        for (int64_t b = 0; b < blocks_; ++b)
+            for (uint32_t close = at_most(least + b * kStride + p * kRow, bounds[p] + tolerance); close; close &= close - 1)
+                in_group<D>(points + p * d, b, __builtin_ctz(close), codes + p, distances + p);
+    }
+}
+
+// least [blocks][points][16] <- least score of each group.
+template <int D>
+inline void Codebook::scores(const float* shifted, int count, float* least) const {
+    constexpr int kTogether = D == 4 ? 4 : D == 8 ? 2 : 1;  // points that share the loads of a codeword
+    const int d = D ? D : d_;
+    for (int p = 0; p < count; p += kTogether) {
+        Vec minus[kTogether][D ? D : kMaxDimension];
+        for (int q = 0; q < kTogether; ++q)
+            for (int j = 0; j < d; ++j) minus[q][j] = splat(-shifted[(p + q < count ? p + q : p) * d + j]);
+        for (int64_t block = 0; block < blocks_; ++block)
+            for (int v = 0; v < kRowVecs; ++v) {
+                Vec lowest[kTogether];
+                for (int q = 0; q < kTogether; ++q) lowest[q] = splat(kInfinity);
+                const float* row = rows_ + block * kRow * (1 + d) * kRow + v * kLanes;
+                for (int64_t t = 0; t < group_size(block); ++t, row += (1 + d) * kRow) {
+                    Vec score[kTogether];
+                    for (int q = 0; q < kTogether; ++q) score[q] = load(row);
+                    for (int j = 0; j < d; ++j) {
+                        const Vec c = load(row + (1 + j) * kRow);
+                        for (int q = 0; q < kTogether; ++q) score[q] = fma(minus[q][j], c, score[q]);
+                    }
+                    for (int q = 0; q < kTogether; ++q) lowest[q] = min(score[q], lowest[q]);
+                }
+                for (int q = 0; q < kTogether && p + q < count; ++q)
+                    store(least + (block * kTilePoints + p + q) * kRow + v * kLanes, lowest[q]);
+            }
+    }
+}
+
+#if defined(__AMX_TILE__)
+inline void Codebook::tile_scores(const float* shifted, int count, void* work, float* least) const {
+    uint16_t* operand = static_cast<uint16_t*>(work);                                 // [points][steps * 32]
+    float* product = reinterpret_cast<float*>(operand + kTilePoints * 32 * steps_);   // [8][32 points][16]
+    const int width = 32 * steps_;
+    const __m512 scale = _mm512_set1_ps(scale_);
+    for (int i = 0; i < kTilePoints * width; i += 32) _mm512_store_si512(operand + i, _mm512_setzero_si512());
+    for (int p = 0; p < count; ++p) {
+        uint16_t* row = operand + p * width;
+        for (int j = 0; j < d_; j += 16) {
+            const __mmask16 lanes = first_lanes(d_ - j < 16 ? d_ - j : 16);
+            const __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, shifted + p * d_ + j), scale);
+            const __m256i high = (__m256i)_mm512_cvtneps_pbh(value);
+            const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+            const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(value, back));
+            _mm256_mask_storeu_epi16(row + j, lanes, high);
+            _mm256_mask_storeu_epi16(row + d_ + j, lanes, low);
+            _mm256_mask_storeu_epi16(row + 2 * d_ + j, lanes, high);
+        }
+    }
+    constexpr int kProduct = kTilePoints * kRow;  // floats: scores of all points against one row of codewords
+    for (int64_t block = 0; block < blocks_; ++block) {
+        float* lowest = least + block * kTilePoints * kRow;
+        const int tiles = static_cast<int>(group_size(block));
+        for (int first = 0; first < tiles; first += 8) {
+            const int together = tiles - first < 8 ? tiles - first : 8;
+            for (int t = 0; t < together; t += 2) {
+                const int64_t row = block * kRow + first + t;
+                const uint16_t* codewords = tiles_ + row * steps_ * 512;
+                // sums start at the half norms; a tile that was zeroed instead takes three times as long
+                _tile_loadd(4, norms_ + row * kRow, 0);
+                _tile_loadd(5, norms_ + row * kRow, 0);
+                _tile_loadd(6, norms_ + (row + 1) * kRow, 0);
+                _tile_loadd(7, norms_ + (row + 1) * kRow, 0);
+                for (int step = 0; step < steps_; ++step) {
+                    if (steps_ > 1 || row == 0) {  // else they are there already
+                        _tile_loadd(0, operand + step * 32, width * 2);
+                        _tile_loadd(1, operand + 16 * width + step * 32, width * 2);
+                    }
+                    _tile_loadd(2, codewords + step * 512, 64);
+                    _tile_loadd(3, codewords + (steps_ + step) * 512, 64);
+                    _tile_dpbf16ps(4, 0, 2);
+                    _tile_dpbf16ps(5, 1, 2);
+                    _tile_dpbf16ps(6, 0, 3);
+                    _tile_dpbf16ps(7, 1, 3);
+                }
+                float* to = product + t * kProduct;
+                _tile_stored(4, to, 64);
+                _tile_stored(5, to + kProduct / 2, 64);
+                _tile_stored(6, to + kProduct, 64);
+                _tile_stored(7, to + kProduct * 3 / 2, 64);
+            }
+            for (int p = 0; p < kTilePoints; ++p) {
+                __m512 low = first ? _mm512_load_ps(lowest + p * kRow) : _mm512_set1_ps(kInfinity);
+                for (int t = 0; t < together; ++t) low = _mm512_min_ps(low, _mm512_load_ps(product + t * kProduct + p * kRow));
+                _mm512_store_ps(lowest + p * kRow, low);
+            }
+        }
+    }
+}
+#else
+inline void Codebook::tile_scores(const float*, int, void*, float*) const {}
+#endif
+
+}  // namespace QNK_ISA
+}  // namespace qnk

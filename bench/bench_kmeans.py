@@ -1,0 +1,190 @@
+"""k-means: one step of Lloyd's algorithm, and whole searches from given centroids.
+
+Bytes of a step (n = 294,912 points, d = 8, K = 256): the points read, 9.4 MB, and the codes written, 1.2 MB;
+the centroids (8 KiB) and sums stay in cache.
+Operations: n K pairs, 75.5 M, of d multiply-adds and a compare: 1.21 G counted as 2 d a pair, and 3
+instructions more per 16 pairs to keep the minimum and where it was.
+Floor: the products points . centroids, which a matrix product computes too and leaves in cache, a chunk after
+another: the ceiling. Its inner dimension is d, far from what such kernels are made for, so less than 1 is
+possible. At 234 GFLOP/s the multiply-adds take 5.2 ms, the memory 0.6 ms.
+Prediction, 2 cores: 5 to 6 ms a step with the minimum beside the multiply-adds, where faiss takes 26,
+scikit-learn 77 and torch 340: 4 to 5x faiss. Past that lies only what needs fewer fp32 multiply-adds: tiles
+of AMX, or bounds. A search of 15 steps costs 15 of them; other n and K as many per pair.
+
+faiss: all points, one start, no checks but its own for NaN. torch's search is left to the single step, where
+its time is that of every step. The objectives are compared in tests/bench/test_bench_kmeans.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import torch
+
+import qnkernels as qnk
+from harness import Case, Contender, ours
+
+EXPONENT = 32  # of sums of standard normal points: up to 2^29 of them in an int64
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # products that the ceiling keeps at once: 1 MiB, a core's cache
+PAIRS = 5e8  # point-centroid pairs up to which the slow ones take part
+
+
+@dataclass
+class Inputs:
+    points: torch.Tensor  # fp32 [n, d]
+    start: torch.Tensor  # fp32 [K, d], some of the points
+
+
+def make_inputs(n, d, n_clusters, device, index) -> Inputs:
+    generator = torch.Generator(device).manual_seed(index)
+    points = torch.randn(n, d, device=device, generator=generator)
+    return Inputs(points, points[:n_clusters].clone())
+
+
+def our_step(inputs: Inputs) -> Callable:
+    step = torch.ops.qnkernels.kmeans_step
+    return partial(step, inputs.points, inputs.start, EXPONENT, 0, EXPONENT)
+
+
+def torch_step(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """The next centroids, in torch ops; the chunks are of 64 MiB."""
+    half = centroids.square().sum(1) / 2
+    chunks = points.split(max(1, (1 << 24) // len(centroids)))
+    codes = torch.cat([torch.addmm(half, rows, centroids.t(), alpha=-1).argmin(1) for rows in chunks])
+    sums = torch.zeros_like(centroids).index_add_(0, codes, points)
+    counts = points.new_zeros(len(centroids)).index_add_(0, codes, points.new_ones(len(points)))[:, None]
+    return torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
+
+
+def torch_search(inputs: Inputs, iterations: int) -> torch.Tensor:
+    centroids = inputs.start
+    for _ in range(iterations):
+        centroids = torch_step(inputs.points, centroids)
+    return centroids
+
+
+def products(iterations: int, inputs: Inputs) -> Callable:
+    """The dot products of points and centroids, without a use for them."""
+    table = inputs.start.t().contiguous()
+    rows = max(1, CHUNK[table.device.type] // table.shape[1])
+    chunks = inputs.points.split(rows)
+    outputs = [
+        inputs.points.new_empty(rows, table.shape[1])[: len(chunk)] for chunk in (chunks[0], chunks[-1])
+    ]
+
+    def run() -> None:
+        for _ in range(iterations):
+            for chunk in chunks[:-1]:
+                torch.mm(chunk, table, out=outputs[0])
+            torch.mm(chunks[-1], table, out=outputs[1])
+
+    return run
+
+
+def our_search(inputs: Inputs, iterations: int) -> torch.Tensor:
+    return qnk.kmeans(inputs.points, len(inputs.start), iterations, inputs.start).centroids
+
+
+def faiss_search(inputs: Inputs, iterations: int) -> torch.Tensor:
+    import faiss
+
+    points, start = inputs.points.numpy(), inputs.start.numpy()
+    options = dict(nredo=1, seed=1, verbose=False, min_points_per_centroid=1)
+    search = faiss.Kmeans(
+        points.shape[1], len(start), niter=iterations, max_points_per_centroid=len(points), **options
+    )
+    search.train(points, init_centroids=start)
+    return torch.from_numpy(search.centroids)
+
+
+def sklearn_search(inputs: Inputs, iterations: int) -> torch.Tensor:
+    from sklearn.cluster import KMeans
+
+    start = inputs.start.numpy()
+    search = KMeans(len(start), init=start, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd")
+    return torch.from_numpy(search.fit(inputs.points.numpy()).cluster_centers_)
+
+
+# package -> (module that must import, search); all searches return centroids [K, d]
+OPTIONAL = {"faiss-cpu": ("faiss", faiss_search), "scikit-learn": ("sklearn", sklearn_search)}
+LEFT_OUT = [name for name, (module, _) in OPTIONAL.items() if find_spec(module) is None]
+
+
+def searches() -> dict[str, Callable]:
+    """By name of the contender, what is installed."""
+    return {
+        f"{name} {version(name)}": search for name, (_, search) in OPTIONAL.items() if name not in LEFT_OUT
+    }
+
+
+def timed_search(search: Callable, iterations: int, inputs: Inputs) -> Callable:
+    return partial(search, inputs, iterations)
+
+
+def step_contenders(pairs, device_type) -> list[Contender]:
+    found = ours("kmeans_step", device_type, our_step)
+    chain = Contender("torch", "peer", lambda inputs: partial(torch_step, inputs.points, inputs.start))
+    if pairs > PAIRS:
+        found = [one for one in found if one.role == "ours"]
+    else:
+        found.append(chain)
+    return [*found, Contender("matmul", "ceiling", partial(products, 1))]
+
+
+def search_contenders(iterations, device_type) -> list[Contender]:
+    prepare = partial(timed_search, our_search, iterations)
+    found = [
+        Contender(one.name, one.role, prepare, one.backend, capture=False)
+        for one in ours("kmeans_step", device_type, our_step)
+        if one.role == "ours"
+    ]
+    if device_type == "cpu":
+        for name, search in searches().items():
+            found.append(Contender(name, "peer", partial(timed_search, search, iterations)))
+    return [*found, Contender("matmul", "ceiling", partial(products, iterations))]
+
+
+def case(op, n, d, n_clusters, iterations=1, quick=False) -> Case:
+    contenders = (
+        partial(step_contenders, n * n_clusters)
+        if op == "kmeans_step"
+        else partial(search_contenders, iterations)
+    )
+    shape = f"{n}x{d} in {n_clusters}"
+    return Case(
+        op=op,
+        name=f"{'step' if op == 'kmeans_step' else f'{iterations} steps'} {shape}",
+        shape=shape,
+        dtype="float32",
+        moved_bytes=iterations * 4 * n * (d + 1),
+        operations=iterations * 2 * n * n_clusters * d,
+        inputs=partial(make_inputs, n, d, n_clusters),
+        contenders=contenders,
+        quick=quick,
+    )
+
+
+N = 294_912  # a 3072x768 weight in blocks of 8
+# (n, d, K, steps of a search); the slowest peer sets the number of steps
+SHAPES = (
+    (N, 8, 256, 15),
+    (N, 4, 256, 15),
+    (N, 16, 256, 15),
+    (N, 8, 16, 15),
+    (N, 8, 1024, 5),
+    (N, 8, 4096, 2),
+    (100_000, 8, 256, 15),
+    (1_000_000, 8, 256, 5),
+    (10_000_000, 8, 256, 2),
+)
+CASES = [
+    case(op, n, d, n_clusters, steps if op == "kmeans" else 1, quick=(n, d, n_clusters) == (N, 8, 256))
+    for op in ("kmeans_step", "kmeans")
+    for n, d, n_clusters, steps in SHAPES
+]
+
+
+def test_kmeans(timed):
+    """One row: a contender on a case. The fixture measures and reports."""

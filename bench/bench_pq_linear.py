@@ -1,0 +1,145 @@
+"""pq_linear: a linear layer over a product-quantized weight, for serving and for training its codebook.
+
+Bytes (4096x4096, d = 8, K = 256, batch m, fp32): the codes, 2.1 MB, where the dense weight has 67 MB; the
+codebook, 8 KiB; 4 m (in + out). Codes of two bytes (K = 1024) double the first.
+Operations: through a table of codebook . x products 2 K in m to build it, 2.1 M m, and a look-up and an
+addition per code and token, 2.1 M m; through decoded weights 33.5 M m, as the dense layer.
+Floor: batch 1 and 16 the codes read once (the ceiling copies them, read and written); they fit the caches of
+the second level, so look-ups are the bound. Batch 256 the bf16 product, whose ceiling is F.linear in bf16.
+The training step: the three products of the dense step; the weight's gradient goes into the codebook and is
+never written.
+Prediction, 2 cores: batch 1: 0.17 to 0.2 ms with two byte planes, 64 codes a permutation, that is 7x F.linear
+in fp32 and 2x quantize_dynamic; batch 16: 1.0 to 1.3 ms, 4 to 5x fp32; batch 256: bf16 1.2x the ceiling, fp32
+with its three bf16 products 3 to 3.5x. Step of 512 in fp32: 1x the dense step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from bench_int_linear import dense, dynamic_int8, int8pack
+from harness import Case, Contender, ours
+from qnkernels import functional as F
+
+
+@dataclass
+class Inputs:
+    x: torch.Tensor  # [batch, in]
+    grad: torch.Tensor  # [batch, out]
+    codes: torch.Tensor  # [out, in / d], those of a block adjacent in memory, as PQLinear keeps them
+    codebook: torch.Tensor  # [K, d], in the dtype of x
+    weight: torch.Tensor  # [out, in], what they stand for, in the dtype of x
+
+
+def make_inputs(shape, batch, d, n_centroids, dtype, device, index) -> Inputs:
+    generator = torch.Generator(device).manual_seed(index)
+    out, columns = shape
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, device=device, generator=generator).to(dtype)
+
+    codes = torch.randint(0, n_centroids, (columns // d, out), device=device, generator=generator)
+    codes = codes.to(torch.uint8 if n_centroids <= 256 else torch.uint16).t()
+    codebook = normal(n_centroids, d) / columns**0.5
+    return Inputs(normal(batch, columns), normal(batch, out), codes, codebook, F.pq_decode(codes, codebook))
+
+
+def call_ours(inputs: Inputs) -> Callable:
+    return partial(F.pq_linear, inputs.x, inputs.codes, inputs.codebook)
+
+
+def copy_codes(inputs: Inputs) -> Callable:
+    return partial(torch.empty_like(inputs.codes).copy_, inputs.codes)
+
+
+def int8pack_bf16(inputs: Inputs) -> Callable:
+    return int8pack(replace(inputs, x=inputs.x.bfloat16()))
+
+
+def step(layer: Callable, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> Callable:
+    """Forward, and backward to x and to the weight or codebook, gradients in fresh memory."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weight)]
+
+    def run() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        layer(*leaves).backward(grad)
+
+    return run
+
+
+def our_step(inputs: Inputs) -> Callable:
+    def layer(x, codebook):
+        return F.pq_linear(x, inputs.codes, codebook)
+
+    return step(layer, inputs.x, inputs.codebook, inputs.grad)
+
+
+def dense_step(dtype, inputs: Inputs) -> Callable:
+    linear = torch.nn.functional.linear
+    return step(linear, inputs.x.to(dtype), inputs.weight.to(dtype), inputs.grad.to(dtype))
+
+
+def contenders(batch, device_type) -> list[Contender]:
+    ceiling = "F.linear bf16" if batch >= 256 else "copy_ codes"
+    found = [
+        *ours("pq_linear", device_type, call_ours),
+        Contender("F.linear fp32", "peer", partial(dense, torch.float32)),
+        Contender("F.linear bf16", "peer", partial(dense, torch.bfloat16)),
+        Contender("copy_ codes", "peer", copy_codes),
+        Contender("_weight_int8pack_mm bf16", "peer", int8pack_bf16),
+    ]
+    if device_type == "cpu":
+        found.append(Contender("quantize_dynamic", "peer", dynamic_int8))
+    return [replace(one, role="ceiling") if one.name == ceiling else one for one in found]
+
+
+def step_contenders(dtype, device_type) -> list[Contender]:
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    found = [Contender(f"F.linear {types[one]}", "peer", partial(dense_step, one)) for one in types]
+    ceiling = f"F.linear {types[dtype]}"
+    found = [replace(one, role="ceiling") if one.name == ceiling else one for one in found]
+    return [*ours("pq_linear_backward", device_type, our_step), *found]
+
+
+def case(shape, batch, d, n_centroids, dtype, training=False, target=None, quick=False) -> Case:
+    out, columns = shape
+    types = str(dtype).removeprefix("torch.")
+    codes = out * columns // d * (1 if n_centroids <= 256 else 2)
+    passes = 3 if training else 1
+    return Case(
+        op="pq_linear",
+        name=f"{'step of' if training else 'batch'} {batch} {out}x{columns} d={d} K={n_centroids} {types}",
+        shape=f"{out}x{columns} batch {batch} d={d} K={n_centroids}",
+        dtype=types,
+        moved_bytes=passes * (codes + batch * (out + columns) * dtype.itemsize),
+        operations=passes * 2 * batch * out * columns,
+        inputs=partial(make_inputs, shape, batch, d, n_centroids, dtype),
+        contenders=partial(step_contenders, dtype) if training else partial(contenders, batch),
+        target=target,
+        quick=quick,
+    )
+
+
+SQUARE, WIDE = (4096, 4096), (3072, 768)
+TYPES = (torch.float32, torch.bfloat16)
+BATCHES = (1, 16, 256)
+CASES = [
+    *(
+        case(SQUARE, batch, 8, 256, dtype, target=1.2 if batch == 256 else None, quick=True)
+        for dtype in TYPES
+        for batch in BATCHES
+    ),
+    *(case(SQUARE, batch, d, 256, torch.float32) for d in (4, 16) for batch in BATCHES),
+    *(case(SQUARE, batch, 8, K, torch.float32) for K in (16, 1024) for batch in BATCHES),
+    *(case(WIDE, batch, 8, 256, dtype) for dtype in TYPES for batch in BATCHES),
+    case(SQUARE, 512, 8, 256, torch.float32, training=True, target=1.0, quick=True),
+    case(SQUARE, 512, 8, 256, torch.bfloat16, training=True),
+    case(WIDE, 512, 8, 256, torch.float32, training=True),
+]
+
+
+def test_pq_linear(timed):
+    """One row: a contender on a case. The fixture measures and reports."""

@@ -1,0 +1,79 @@
+"""Layers over packed 8-bit and 4-bit weights."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..nn.int_embedding import IntEmbedding, check_embedding
+from ..nn.int_linear import LINEAR
+from ..nn.noisy import NoisyEmbedding, NoisyLinear
+from ..nn.packed import PackedLayer, PackedWeight
+from ..ops.checks import fail
+from ..ops.int_linear import BITS
+from .base import DTYPES, LayerSpec, Tensors, dtype_name
+
+
+@dataclass(frozen=True)
+class PackedSpec(LayerSpec):
+    """IntLinear or IntEmbedding; shape: [rows, columns]."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    PLAIN: ClassVar = {"IntLinear": (nn.Linear, NoisyLinear), "IntEmbedding": (nn.Embedding, NoisyEmbedding)}
+
+    @classmethod
+    def of(cls, layer: PackedLayer) -> "PackedSpec":
+        embedding = isinstance(layer, IntEmbedding)
+        return cls(
+            type="IntEmbedding" if embedding else "IntLinear",
+            bits=layer.bits,
+            shape=[layer.weight_packed.shape[0], layer.packed.columns],
+            group_size=layer.group_size,
+            symmetric=layer.symmetric,
+            dtype=dtype_name(layer.weight_dtype),
+            bias=not embedding and layer.bias is not None,
+            padding_idx=layer.padding_idx if embedding else None,
+        )
+
+    def _check_fields(self) -> None:
+        if type(self.bits) is not int or self.bits not in BITS:
+            fail("bits", f"one of {BITS}", repr(self.bits))
+        columns, size = self.shape[1], self.group_size
+        if columns * self.bits % 8:
+            fail("shape", f"an even number of columns for {self.bits}-bit codes", self.shape)
+        if size is not None and (type(size) is not int or size < 1 or columns % size):
+            fail("group_size", f"null or a divisor of {columns}", repr(size))
+        if type(self.symmetric) is not bool:
+            fail("symmetric", "true or false", repr(self.symmetric))
+
+    def _check_embedding(self, embedding: nn.Embedding) -> None:
+        check_embedding(embedding)
+
+    def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        rows, columns = self.shape
+        groups = 1 if self.group_size is None else columns // self.group_size
+        parts = {
+            "weight_packed": (torch.uint8, (rows, columns * self.bits // 8)),
+            "scale": (torch.float32, (rows, groups)),
+        }
+        if not self.symmetric:
+            parts["zero_point"] = (torch.uint8, (rows, groups))
+        return parts
+
+    def check_values(self, tensors: Tensors) -> None:
+        scale, zero_point = tensors["scale"], tensors.get("zero_point")
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            fail("scale", "finite positive values", scale[~(scale.isfinite() & (scale > 0))][0].item())
+        if zero_point is not None and int(zero_point.max()) >= 2**self.bits:
+            fail("zero_point", f"values below {2**self.bits}", int(zero_point.max()))
+
+    def build(self, tensors: Tensors, layer: nn.Module) -> PackedLayer:
+        parts = (tensors["weight_packed"], tensors["scale"], tensors.get("zero_point"))
+        packed = PackedWeight(*parts, self.bits, DTYPES[self.dtype])
+        if self.type == "IntEmbedding":
+            return IntEmbedding(packed, self.padding_idx)
+        return LINEAR[self.bits](packed, layer.bias)

@@ -93,6 +93,15 @@ def test_assignments_of_common_shapes(kind, d, K):
     check_assignment(points, centroids, STEP(points, centroids, 20, 0, 20)[0])
 
 
+def test_as_many_centroids_as_there_may_be(backend):
+    points, centroids = draw(60, 2, 65_536, "plain", torch.Generator().manual_seed(12))
+    with backend():
+        codes, distances = F.kmeans_assign(points, centroids)
+        check_step(points, centroids, (exponent_of(points), 0), None)
+    check_assignment(points, centroids, codes, distances)
+    assert codes.max() > 2**15
+
+
 @pytest.mark.parametrize("scale", [1e-15, 1e-8, 1e8, 1e15])
 def test_assignments_at_other_magnitudes(backend, scale):
     points, centroids = draw(200, 8, 100, "plain", torch.Generator().manual_seed(3))

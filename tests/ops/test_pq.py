@@ -1,6 +1,9 @@
 """pq_decode, pq_linear, pq_embedding and their gradients, on the backend that serves and the reference."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +202,47 @@ def test_not_finite_rows_are_told_and_leave_the_others_alone(backend, poison):
         others = torch.arange(m) != m // 2
         if others.any():
             assert_near(y[others], x[others].double() @ dense(codes, codebook).t(), 1e-4)
+
+
+def test_codes_of_all_sixteen_bits(backend):
+    generator = seeded(10)
+    codes = draw_codes(65, 3, 65_536, "uint16", "columns", generator)
+    codes[0, 0], codes[64, 2] = 65_535, 32_768
+    codebook, bias = torch.randn(65_536, 2, generator=generator), torch.zeros(65)
+    for m in (1, 16, 70):
+        x, grad = (draw(m, n, torch.float32, generator) for n in (6, 65))
+        check_linear(backend, x, codes, codebook, bias, grad)
+    with backend():
+        assert_identical(F.pq_decode(codes, codebook), dense(codes, codebook).float())
+        rows = torch.tensor([64, 0])
+        assert_identical(F.pq_embedding(rows, codes, codebook), dense(codes, codebook).float()[rows])
+
+
+MEMORY = """
+import sys, torch
+from qnkernels import functional as F
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM"))
+def run(rows, batch, train):
+    codes = torch.randint(0, 256, (512, rows), dtype=torch.uint8).t()
+    codebook = torch.randn(256, 8, requires_grad=train)
+    y = F.pq_linear(torch.randn(batch, 4096, requires_grad=train), codes, codebook)
+    if train: y.sum().backward()
+for batch, train in ((1, False), (16, False), (8, True)):
+    run(128, batch, train)  # threads, buffers of a fixed size
+    before = peak()
+    run(8192, batch, train)
+    print(peak() - before)
+"""
+
+
+def test_neither_the_dense_weight_nor_its_gradient_is_built():
+    """8192x4096: 128 MiB in fp32, where the codes are 4 MiB. What a small batch may take is a quarter."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(qnk.__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", MEMORY], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert all(int(grown) < 32 for grown in run.stdout.split()), run.stdout
 
 
 def test_linear_without_bias_and_with_shapes_of_x(backend):

@@ -27,7 +27,12 @@ CUDA_ARCHS = ("sm_80", "sm_90a")
 INEXACT = re.compile(r"\b(?:fma\.rn|div\.full|\w+(?:\.\w+)*\.(?:approx|ftz))\S*")
 MAY_FUSE = (
     *("int_linear_kernel", "int_linear_backward_kernel", "kmeans_assign_kernel", "pq_linear_kernel"),
-    *("pq_linear_few_kernel", "pq_linear_grad_x_kernel", "pq_linear_grad_codebook_kernel"),
+    *(
+        "nearest_codeword_kernel",
+        "pq_linear_few_kernel",
+        "pq_linear_grad_x_kernel",
+        "pq_linear_grad_codebook_kernel",
+    ),
 )
 NVCC_FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fvisibility=hidden", "-I", str(ROOT / "csrc"))
 

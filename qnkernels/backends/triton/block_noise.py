@@ -1,4 +1,4 @@
-"""Proxies of product-quantization noise: blocks of consecutive weights become zero or their mean."""
+"""Product-quantization noise: blocks of consecutive weights become zero, their mean, or a codeword."""
 
 import torch
 import triton
@@ -6,6 +6,7 @@ import triton.language as tl
 
 from ...reference.philox import threshold
 from . import launch
+from .centroid_noise import centroid_noise
 from .launch import cdiv, power_of_two
 from .numeric import from_fp32, to_fp32
 from .philox import noise_mask
@@ -90,8 +91,10 @@ def block_noise_kernel(
         _tile(weight_ptr, out_ptr, block_size, left, noised, factor, MEAN, False, ROWS, COLS)
 
 
-def block_noise(weight, block_size, p, seed, kind, rescale, dtype=None):
-    """Signature of reference.block_noise.block_noise; weight contiguous."""
+def block_noise(weight, block_size, p, seed, kind, rescale, dtype=None, codebook=None):
+    """Signature of reference.block_noise.block_noise; weight and codebook contiguous."""
+    if kind == "centroid":
+        return centroid_noise(weight, p, seed, dtype or weight.dtype, codebook)
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     blocks = weight.numel() // block_size
     factor = 1 / (1 - p) if kind == "zero" and rescale and p < 1 else 1.0

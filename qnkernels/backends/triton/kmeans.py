@@ -7,6 +7,7 @@ import triton.language as tl
 from . import launch
 from .fixed_point import copies, fixed_point
 from .launch import cdiv, power_of_two
+from .numeric import to_fp32
 
 THREADS = 128
 # Elements of a tile [points, d] of an update.
@@ -15,10 +16,10 @@ TILE = 1024
 
 @triton.jit
 def coordinates(x_ptr, row, inside, D: tl.constexpr):
-    """D tensors: the columns of the rows `row` of x [.., D], 0 where not inside."""
+    """D tensors fp32: the columns of the rows `row` of x [.., D], 0 where not inside."""
     x = ()
     for j in tl.static_range(D):
-        x = x + (tl.load(x_ptr + row * D + j, mask=inside, other=0.0),)  # noqa: RUF005 (no unpacking in Triton)
+        x = x + (to_fp32(tl.load(x_ptr + row * D + j, mask=inside, other=0.0)),)  # noqa: RUF005 (no unpacking here)
     return x
 
 
@@ -124,9 +125,9 @@ def kmeans_update_kernel(
         tl.atomic_add(mass_ptr + copy + n_clusters, total, sem="relaxed")
 
 
-def block(n: int, d: int, device: torch.device) -> int:
-    """Points of a program: several per thread, to use each centroid read more than once, unless that would
-    leave multiprocessors idle.
+def points_of_program(n: int, d: int, device: torch.device) -> int:
+    """Several points per thread, to use each centroid read more than once, unless that would leave
+    multiprocessors idle.
     """
     per_thread = 4 if d <= 32 else 2
     while per_thread > 1 and cdiv(n, THREADS * per_thread) < 2 * launch.processors(device):
@@ -139,7 +140,7 @@ def kmeans_assign(points, centroids):
     n, d = points.shape
     codes = torch.empty(n, dtype=torch.int32, device=points.device)
     distances = torch.empty(n, dtype=torch.float32, device=points.device)
-    size = block(n, d, points.device)
+    size = points_of_program(n, d, points.device)
     launch.run(
         kmeans_assign_kernel,
         (cdiv(n, size),),

@@ -10,8 +10,9 @@ from .launch import cdiv, power_of_two
 from .numeric import to_fp32
 from .range import minmax
 
-# Elements of a tile [blocks, d], 8 per thread.
+# Elements of a tile [blocks, d], 8 per thread, and blocks at most.
 TILE = 1024
+BLOCKS = 256
 WARPS = 4
 
 
@@ -143,7 +144,7 @@ def _decode(indices, codes, codebook):
         raise IndexError("indices: expected none for an empty table")
     out = codebook.new_empty(tokens, n_blocks * d)
     columns = power_of_two(d)
-    blocks, count = TILE // columns, tokens * n_blocks
+    blocks, count = min(TILE // columns, BLOCKS), tokens * n_blocks
     launch.run(
         pq_embedding_kernel,
         (cdiv(count, blocks),),
@@ -161,7 +162,7 @@ def _scatter(grad, indices, codes, n_centroids, mean):
     if grad.numel() == 0:
         return grad.new_zeros(n_centroids, d, dtype=torch.float64)
     columns = power_of_two(d)
-    blocks, count = TILE // columns, grad.shape[0] * n_blocks
+    blocks, count = min(TILE // columns, BLOCKS), grad.shape[0] * n_blocks
     low, high = minmax(grad)
     bound = torch.maximum(-low, high).double() * count
     exponent = exponent_below(bound)

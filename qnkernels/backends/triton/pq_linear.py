@@ -1,4 +1,4 @@
-"""y = x @ W^T + bias over a product-quantized weight: decoded into tiles or, for few rows, added up as read."""
+"""y = x @ W^T + bias over a product-quantized weight, decoded into tiles or, for few rows, on the fly."""
 
 import torch
 import triton
@@ -104,7 +104,7 @@ def pq_linear_few_kernel(
     codes_ptr += first_out * row_stride
     total = ()
     for _ in tl.static_range(M):
-        total = total + (tl.zeros([BLOCK_N, BLOCKS, SUB], tl.float32),)  # noqa: RUF005 (no unpacking in Triton)
+        total = total + (tl.zeros([BLOCK_N, BLOCKS, SUB], tl.float32),)  # noqa: RUF005 (no unpacking here)
     for step in range(tl.program_id(1), steps, tl.num_programs(1)):
         code, known = step_codes(
             codes_ptr, row_stride, block_stride, out, out_inside, step, parts, n_blocks, BLOCKS
@@ -146,7 +146,7 @@ def _tile(m: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
         return (16, 32, 16, 4) if m <= 16 else (64, 32, 16, 8)
     if m <= 16:
         return 16, 32, 64, 4
-    return (64, 64, 64, 4) if m <= 64 else (128, 64, 64, 8)
+    return (64, 64, 32, 4) if m <= 64 else (128, 64, 32, 8)
 
 
 def _splits(tiles: int, count: int, device: torch.device) -> int:

@@ -124,7 +124,7 @@ def _tile(m: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, columns, warps); fp32 products are taken by plain threads, from registers."""
     if dtype == torch.float32:
         return (16 if m <= 16 else 64), 16, 32, 4 if m <= 16 else 8
-    return (16, 64, 64, 4) if m <= 16 else (64, 64, 64, 4)
+    return (16, 64, 64, 4) if m <= 16 else (64, 32, 64, 4)
 
 
 def _grad_x(grad, codes, codebook):
@@ -156,7 +156,7 @@ def _grad_codebook(grad, x, codes, n_centroids, d, mean):
     if grad.dtype == torch.float32:
         block_m, block_n, columns, warps = 16, 64, 32, 8
     else:
-        block_m, block_n, columns, warps = 64, 64, 64, 4
+        block_m, block_n, columns, warps = 64, 64, 64, 8
     count, parts, constants = steps(n_blocks, d, columns)
     launch.run(
         pq_linear_grad_codebook_kernel,

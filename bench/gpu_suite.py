@@ -27,7 +27,13 @@ import summary  # noqa: E402
 
 NO_TESTS = 5  # pytest's exit code
 # Suites that time ops of other names, too.
-SUITE_OPS = {"fake_quantize": ("fake_quantize_backward",), "minmax": ("histogram_range",)}
+SUITE_OPS = {
+    "fake_quantize": ("fake_quantize_backward",),
+    "kmeans": ("kmeans_step",),
+    "minmax": ("histogram_range",),
+    "pq_decode": ("pq_embedding",),
+    "pq_linear": ("pq_linear_backward",),
+}
 
 
 class Log:

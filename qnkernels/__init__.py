@@ -3,6 +3,7 @@
 from . import functional, nn
 from .backends import BackendUnavailable, backend
 from .checkpoint import compressed_size, load_compressed, save_compressed
+from .ipq import IPQ, Stage
 from .kmeans import KMeansResult, kmeans
 from .pq import PQConfig
 from .product import ProductNoiseConfig
@@ -13,6 +14,7 @@ from .scalar import ScalarNoiseConfig
 __version__ = "0.1.0"
 
 __all__ = [
+    "IPQ",
     "BackendUnavailable",
     "Int4WeightOnlyConfig",
     "Int8WeightOnlyConfig",
@@ -20,6 +22,7 @@ __all__ = [
     "PQConfig",
     "ProductNoiseConfig",
     "ScalarNoiseConfig",
+    "Stage",
     "backend",
     "compressed_size",
     "functional",

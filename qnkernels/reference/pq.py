@@ -14,7 +14,7 @@ def pq_decode_backward(grad: torch.Tensor, codes: torch.Tensor, n_centroids: int
     the blocks of each codeword (0 for a codeword without blocks).
     """
     index = codes.long().flatten()
-    blocks = grad.to(_accumulate(grad.dtype)).reshape(len(index), -1)
+    blocks = grad.to(_accumulate(grad.dtype)).reshape(len(index), _width(grad, codes))
     total = blocks.new_zeros(n_centroids, blocks.shape[1]).index_add_(0, index, blocks)
     return (total / _divisor(codes, n_centroids, mean)).to(grad.dtype)
 
@@ -22,7 +22,7 @@ def pq_decode_backward(grad: torch.Tensor, codes: torch.Tensor, n_centroids: int
 def pq_linear(
     x: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """y = x @ decode(codes, codebook)^T + bias, fp32 accumulation, in the dtype of x. x [m, in] -> [m, out]."""
+    """y = x @ decode(codes, codebook)^T + bias, fp32 accumulation; [m, in] -> [m, out] in the dtype of x."""
     wide = _accumulate(x.dtype)
     weight = pq_decode(codes, codebook.to(wide))
     return F.linear(x.to(wide), weight, None if bias is None else bias.to(wide)).to(x.dtype)
@@ -62,7 +62,7 @@ def pq_embedding_backward(
     """Gradient [K, d] of the codebook, fp32, from grad [count, n_blocks * d]; the mean is over all blocks of
     the table, as if the table's gradient had been written out.
     """
-    blocks = grad.to(_accumulate(grad.dtype)).reshape(indices.numel() * codes.shape[1], -1)
+    blocks = grad.to(_accumulate(grad.dtype)).reshape(indices.numel() * codes.shape[1], _width(grad, codes))
     index = codes[indices].long().flatten()
     total = blocks.new_zeros(n_centroids, blocks.shape[1]).index_add_(0, index, blocks)
     return total / _divisor(codes, n_centroids, mean)
@@ -70,6 +70,11 @@ def pq_embedding_backward(
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _width(grad: torch.Tensor, codes: torch.Tensor) -> int:
+    """d, also where grad [.., n_blocks * d] has no rows."""
+    return grad.shape[-1] // max(codes.shape[1], 1)
 
 
 def _divisor(codes: torch.Tensor, n_centroids: int, mean: bool) -> torch.Tensor | int:

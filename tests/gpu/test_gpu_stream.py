@@ -87,6 +87,19 @@ OPS = {
         a["x"][:, :64].contiguous(), a["codes"], a["scale"], None, 8
     ),
     "int_embedding": lambda a: F.int_embedding(a["indices"], a["codes"], a["scale"]),
+    "kmeans_assign": lambda a: torch.ops.qnkernels.kmeans_assign(a["points"], a["codebook"]),
+    "kmeans_update": lambda a: torch.ops.qnkernels.kmeans_update(a["points"], a["nearest"], 64, 40),
+    "kmeans_step": lambda a: torch.ops.qnkernels.kmeans_step(a["points"], a["codebook"], 40, 0, 40),
+    "pq_decode": lambda a: F.pq_decode(a["blocks"], a["codebook"]),
+    "pq_decode_backward": lambda a: torch.ops.qnkernels.pq_decode_backward(a["x"], a["blocks"], 64, True),
+    "pq_linear": lambda a: F.pq_linear(a["x"], a["blocks"], a["codebook"]),
+    "pq_linear_backward": lambda a: torch.ops.qnkernels.pq_linear_backward(
+        a["x"] @ a["x"].t(), a["x"], a["blocks"], a["codebook"], True, True, True
+    ),
+    "pq_embedding": lambda a: F.pq_embedding(a["indices"], a["blocks"], a["codebook"]),
+    "pq_embedding_backward": lambda a: torch.ops.qnkernels.pq_embedding_backward(
+        a["x"][:64], a["indices"], a["blocks"], 64, True
+    ),
 }
 
 
@@ -105,6 +118,10 @@ def arguments(device):
         **{"bits": torch.full((), 8, **integer), "indices": torch.arange(64, device=device)},
         "codes": torch.randint(0, 256, (64, 264), dtype=torch.uint8, device=device),
         "scale": torch.rand(64, 1, device=device),
+        "points": x.reshape(-1, 8),
+        "nearest": torch.randint(0, 64, (x.numel() // 8,), dtype=torch.int32, device=device),
+        "blocks": torch.randint(0, 64, (len(x), 33), dtype=torch.uint8, device=device),
+        "codebook": torch.randn(64, 8, device=device),
     }
 
 

@@ -1,0 +1,156 @@
+"""Product-quantized layers on a GPU, against float64 and the reference on the CPU."""
+
+import pytest
+import torch
+
+import qnkernels as qnk
+from qnkernels import functional as F
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# rows, blocks, d, K
+WEIGHTS = ((1, 1, 1, 1), (33, 20, 8, 256), (67, 9, 4, 300), (17, 5, 9, 2), (40, 3, 33, 7))
+LARGE = ((768, 96, 8, 256), (1000, 129, 4, 1024), (513, 40, 16, 16), (130, 7, 64, 4000), (257, 33, 5, 200))
+
+
+def quantized(rows, n_blocks, d, n_centroids, dtype, transposed=False):
+    """(codes, codebook) and the decoded weight in float64; transposed: codes are stored block by block."""
+    generator = torch.Generator().manual_seed(rows + n_blocks * d)
+    codes = torch.randint(0, n_centroids, (rows, n_blocks), generator=generator)
+    codebook = torch.randn(n_centroids, d, generator=generator).to(dtype)
+    weight = codebook.double()[codes].flatten(1)
+    codes = codes.to(torch.uint8 if n_centroids <= 256 else torch.uint16)
+    return (codes.t().contiguous().t() if transposed else codes), codebook, weight
+
+
+def moved(codes, device):
+    """On the device, with the same strides."""
+    return codes.t().to(device).t() if codes.stride(0) == 1 else codes.to(device)
+
+
+def assert_within_bound(actual, exact, magnitude, terms):
+    """|error| <= fp32 roundings of `terms` products and sums, and one rounding to the dtype."""
+    bound = (terms + 8) * 2.0**-24 * magnitude + 2 * EPSILON[actual.dtype] * exact.abs() + 2.0**-25
+    error = (actual.detach().cpu().double() - exact).abs()
+    assert actual.shape == exact.shape
+    assert (error <= bound).all(), f"error {(error / bound).max():.2f} times the bound"
+
+
+def check_linear(device, backend, shape, m, dtype):
+    """y and the gradients of x, codebook and bias."""
+    codes, codebook, weight = quantized(*shape, dtype, transposed=m % 2 == 0)
+    generator = torch.Generator().manual_seed(m)
+    x, grad = (torch.randn(m, n, generator=generator).to(dtype) for n in (weight.shape[1], shape[0]))
+    bias = torch.randn(shape[0], generator=generator).to(dtype)
+    inputs = [one.to(device).requires_grad_() for one in (x, codebook, bias)]
+    with qnk.backend(backend):
+        y = F.pq_linear(inputs[0], moved(codes, device), *inputs[1:], codebook_grad="sum")
+        grads = torch.autograd.grad(y, inputs, grad.to(device))
+    x, grad, bias = x.double(), grad.double(), bias.double()
+    assert_within_bound(y, x @ weight.t() + bias, x.abs() @ weight.abs().t() + bias.abs(), x.shape[1])
+    assert_within_bound(grads[0], grad @ weight, grad.abs() @ weight.abs(), shape[0])
+    index = codes.long().flatten()
+    dense = (grad.t() @ x, grad.abs().t() @ x.abs())
+    sums = [
+        one.new_zeros(shape[3], shape[2]).index_add_(0, index, one.reshape(len(index), -1)) for one in dense
+    ]
+    assert_within_bound(grads[1], *sums, m)
+    assert_within_bound(grads[2], grad.sum(0), grad.abs().sum(0), m)
+
+
+@pytest.mark.of("pq_linear")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 4, 5, 17, 70])
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_pq_linear(device, backend, shape, m, dtype):
+    check_linear(device, backend, shape, m, dtype)
+
+
+@pytest.mark.of("pq_linear")
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 64, 300])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_pq_linear_of_large_weights(device, backend, shape, m, dtype):
+    check_linear(device, backend, shape, m, dtype)
+
+
+@pytest.mark.of("pq_linear_backward")
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_the_codebook_repeats_itself(device, backend, dtype):
+    if backend == "reference":
+        pytest.skip("the reference adds floats in any order")
+    codes, codebook, weight = quantized(770, 96, 8, 256, dtype)
+    x, grad = (torch.randn(500, n, device=device).to(dtype) for n in (weight.shape[1], 770))
+    arguments = (grad, x, codes.to(device), codebook.to(device), True, False, True)
+    with qnk.backend(backend):
+        first, *others = (torch.ops.qnkernels.pq_linear_backward(*arguments)[1] for _ in range(4))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.of("pq_linear")
+def test_pq_linear_on_no_rows(device, backend):
+    codes, codebook, _ = quantized(9, 3, 4, 5, torch.float32)
+    x, book = torch.empty(0, 12, device=device), codebook.to(device).requires_grad_()
+    with qnk.backend(backend):
+        y = F.pq_linear(x, codes.to(device), book)
+        (grad,) = torch.autograd.grad(y.sum(), book)
+    assert y.shape == (0, 9) and y.device.type == device.type and not grad.any()
+
+
+@pytest.mark.of("pq_decode")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_pq_decode(device, backend, shape, dtype):
+    for transposed in (False, True):
+        codes, codebook, weight = quantized(*shape, dtype, transposed)
+        book = codebook.to(device).requires_grad_()
+        with qnk.backend(backend):
+            decoded = F.pq_decode(moved(codes, device), book)
+            grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+            (actual,) = torch.autograd.grad(decoded, book, grad.to(device))
+        assert torch.equal(decoded.cpu(), weight.to(dtype))
+        index = codes.long().flatten()
+        count = torch.bincount(index, minlength=shape[3]).clamp(min=1)[:, None]
+        blocks = grad.double().reshape(len(index), -1)
+        mean, magnitude = (
+            one.new_zeros(shape[3], shape[2]).index_add_(0, index, one) / count
+            for one in (blocks, blocks.abs())
+        )
+        assert_within_bound(actual, mean, magnitude, shape[0] * shape[1])
+
+
+@pytest.mark.of("pq_embedding")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_pq_embedding(device, backend, shape, dtype):
+    codes, codebook, weight = quantized(*shape, dtype)
+    generator = torch.Generator().manual_seed(2)
+    for size in ((), (0,), (1,), (5, 7)):
+        indices = torch.randint(0, shape[0], size, generator=generator)
+        inputs = [one.requires_grad_() for one in (codebook.clone(), codebook.to(device))]
+        results = []
+        for name, book in zip(("reference", backend), inputs, strict=True):
+            with qnk.backend(name):
+                rows = F.pq_embedding(indices.to(book.device), codes.to(book.device), book)
+                grad = torch.linspace(-1, 1, max(rows.numel(), 1))[: rows.numel()].reshape(rows.shape)
+                gradient = torch.autograd.grad(rows, book, grad.to(rows))[0]
+                results.append((rows.detach().cpu(), gradient.cpu().double()))
+        (expected, expected_grad), (actual, actual_grad) = results
+        assert actual.dtype == dtype and torch.equal(actual, expected)
+        assert torch.equal(actual, weight.to(dtype)[indices])
+        tolerance = 4 * EPSILON[dtype]
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.of("pq_linear_backward")
+def test_a_gradient_that_overflowed_is_seen(device, backend):
+    """As loss scaling needs it."""
+    codes, codebook, _ = quantized(9, 3, 4, 5, torch.float32)
+    x, grad = torch.ones(6, 12, device=device), torch.ones(6, 9, device=device)
+    grad[2, 3] = float("inf")
+    arguments = (grad, x, codes.to(device), codebook.to(device), True, True, True)
+    with qnk.backend(backend):
+        grad_x, grad_codebook = torch.ops.qnkernels.pq_linear_backward(*arguments)
+    assert not grad_x.isfinite().all() and not grad_codebook.isfinite().all()

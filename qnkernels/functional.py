@@ -169,16 +169,19 @@ def block_noise(
     kind: str = "zero",
     rescale: bool = True,
     dtype: torch.dtype | None = None,
+    codebook: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Noise blocks of `block_size` consecutive weights of weight [out, in] at rate p.
 
     kind "zero": noised blocks become 0 and, with `rescale`, the others are multiplied by 1 / (1 - p);
-    "mean": noised blocks become their mean. Returns [out, in] in `dtype` (that of weight by default).
+    "mean": noised blocks become their mean; "centroid": noised blocks become the nearest row (the lowest
+    among equals) of codebook fp32 [K, block_size], K up to 65,536 and block_size up to 64.
+    Returns [out, in] in `dtype` (that of weight by default).
     Gradient: straight-through (identity). Source: Quant-Noise, arXiv 2004.07320, section 4.2.
     Raises ValueError (shapes, p, block_size, kind, device) and TypeError (dtypes).
     """
     seed = _seed(seed, weight.device)
-    return torch.ops.qnkernels.block_noise(weight, block_size, p, seed, kind, rescale, dtype)
+    return torch.ops.qnkernels.block_noise(weight, block_size, p, seed, kind, rescale, dtype, codebook)
 
 
 def int_linear(
@@ -235,7 +238,7 @@ def kmeans_update(
     weight_exponent: int = 0,
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of the points (int64 [K, d], unit 2^-exponent) and masses (int64 [K]) by cluster, exact in any order.
+    """Sums of the points (int64 [K, d], unit 2^-exponent) and masses (int64 [K]) by cluster, in any order.
 
     points fp32 [n, d], codes int32 [n]. weights fp32 [n]: masses are in the unit 2^-weight_exponent; without
     weights they are counts. Raises ValueError, TypeError, and IndexError for codes outside [0, K) on the CPU.
@@ -270,7 +273,7 @@ def pq_linear(
 def pq_embedding(
     indices: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, codebook_grad: str = "mean"
 ) -> torch.Tensor:
-    """Rows of a product-quantized table: indices [...] int64 -> [..., n_blocks * d] in the dtype of codebook."""
+    """Rows of a product-quantized table: indices [...] int64 -> [..., n_blocks * d], as the codebook."""
     return torch.ops.qnkernels.pq_embedding(indices, codes, codebook, codebook_grad)
 
 

@@ -1,4 +1,4 @@
-"""Product-quantization noise by proxy: drop blocks of weights in training (Quant-Noise, arXiv 2004.07320)."""
+"""Product-quantization noise: blocks of weights are noised in training (Quant-Noise, arXiv 2004.07320)."""
 
 import functools
 from dataclasses import asdict, dataclass
@@ -16,19 +16,26 @@ class ProductNoiseConfig:
     """nn.Linear, nn.Embedding and nn.Conv2d become noisy: training replaces blocks of weights at rate p.
 
     block_size: consecutive weights of a row (of a filter, in * kh * kw, for a convolution). kind: "zero"
-    (the other blocks are multiplied by 1 / (1 - p) with `rescale`) or "mean" of the block. In eval the
-    weight is used as it is. Raises ValueError naming the field.
+    (the other blocks are multiplied by 1 / (1 - p) with `rescale`), "mean" of the block, or "centroid", the
+    nearest of `n_centroids` codewords, which the blocks of the weight are clustered into in the first
+    training forward; `n_iter` steps of k-means follow every `update_every` forwards (0: never). In eval the
+    weight is used as it is, and with "centroid" with every block at its nearest codeword.
+    Raises ValueError naming the field.
     """
 
     block_size: int = 8
     p: float = 0.1
     kind: str = "zero"
     rescale: bool = True
+    n_centroids: int = 256
+    update_every: int = 100
+    n_iter: int = 3
 
     CONVERTS: ClassVar[tuple[type[nn.Module], ...]] = (*NOISY, *NOISY.values())
 
     def __post_init__(self) -> None:
-        check_block_options(self.block_size, self.p, self.kind)
+        options = (self.n_centroids, self.update_every, self.n_iter)
+        check_block_options(self.block_size, self.p, self.kind, *options)
 
     def plan(self, layers: Layers) -> Steps:
         """One step per layer, made after every layer was checked; a step cannot fail."""

@@ -9,8 +9,10 @@ from torch import nn
 from .. import functional
 from ..ops.block_noise import KINDS
 from ..ops.checks import check_rate, fail
+from ..ops.kmeans import MAX_CLUSTERS, MAX_DIMENSION
 from ..ops.range import OBSERVERS
 from .fixed import FixedBuffers
+from .noise_codebook import NoiseCodebook
 
 GRANULARITIES = ("tensor", "channel", "group")
 
@@ -47,9 +49,14 @@ def check_scalar_options(
         fail("momentum", "a rate in (0, 1]", momentum)
 
 
-def check_block_options(block_size: int, p: float, kind: str) -> None:
+def check_block_options(
+    block_size: int, p: float, kind: str, n_centroids: int, update_every: int, n_iter: int
+) -> None:
     """What `BlockNoise` accepts, apart from the weight; raises ValueError naming the argument."""
-    check_integer("block_size", block_size, 1)
+    check_integer("block_size", block_size, 1, MAX_DIMENSION if kind == "centroid" else None)
+    check_integer("n_centroids", n_centroids, 2, MAX_CLUSTERS)
+    check_integer("update_every", update_every, 0)
+    check_integer("n_iter", n_iter, 1)
     check_number("p", p)
     check_rate(p)
     if kind not in KINDS:
@@ -193,10 +200,12 @@ class ScalarNoise(ObservedRange):
 
 
 class BlockNoise(nn.Module):
-    """Product-quantization noise by proxy on a weight [out, ...] (Quant-Noise, section 4.2).
+    """Product-quantization noise on a weight [out, ...], or a proxy of it (Quant-Noise, section 4.2).
 
-    In training, blocks of `block_size` consecutive weights of a row of weight.flatten(1) become 0 or
-    their mean at rate p. In eval the weight is returned as it is.
+    In training, blocks of `block_size` consecutive weights of a row of weight.flatten(1) become 0, their
+    mean or (kind "centroid") the nearest of `n_centroids` codewords at rate p. In eval a proxy returns the
+    weight as it is, and kind "centroid" the weight with every block at its nearest codeword, as product
+    quantization would. update_every, n_iter: of the codewords, see NoiseCodebook.
     """
 
     def __init__(
@@ -206,21 +215,36 @@ class BlockNoise(nn.Module):
         p: float = 0.1,
         kind: str = "zero",
         rescale: bool = True,
+        n_centroids: int = 256,
+        update_every: int = 100,
+        n_iter: int = 3,
     ) -> None:
-        check_block_options(block_size, p, kind)
+        check_block_options(block_size, p, kind, n_centroids, update_every, n_iter)
         columns = weight.flatten(1).shape[1]
         if columns % block_size:
             fail("block_size", f"a divisor of the {columns} weights of a row", block_size)
         super().__init__()
         self.block_size, self.p, self.kind, self.rescale = block_size, p, kind, rescale
+        if kind == "centroid":
+            self.codewords = NoiseCodebook(weight, block_size, n_centroids, update_every, n_iter)
 
     def forward(self, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """weight [out, ...] -> its noised copy, in `dtype` (that of weight by default)."""
-        if not self.training or self.p == 0.0:
+        rows = weight.flatten(1)
+        codebook, p, seed = None, self.p, 0
+        if self.kind == "centroid":
+            if self.training:
+                codebook = self.codewords.training_codebook(rows.detach(), not in_recomputation())
+            else:
+                codebook, p = self.codewords.stored_codebook(rows.detach()), 1.0
+        elif not self.training:
             return weight
-        rows, seed = weight.flatten(1), draw_seed(weight.device)
-        noised = functional.block_noise(rows, self.block_size, self.p, seed, self.kind, self.rescale, dtype)
-        return noised.view(weight.shape)
+        if p == 0.0:
+            return weight
+        if self.training:
+            seed = draw_seed(weight.device)
+        options = (self.block_size, p, seed, self.kind, self.rescale, dtype, codebook)
+        return functional.block_noise(rows, *options).view(weight.shape)
 
     def extra_repr(self) -> str:
         return f"block_size={self.block_size}, p={self.p}, kind={self.kind!r}, rescale={self.rescale}"

@@ -100,6 +100,14 @@ class NoisyEmbedding(NoisyLayer, nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [...] of row numbers -> [..., embedding_dim]."""
         y = F.embedding(input, self.noise(self.weight), self.padding_idx, None, 2.0, self.scale_grad_by_freq)
+        if (
+            self.padding_idx is not None
+            and isinstance(self.noise, BlockNoise)
+            and self.noise.kind == "centroid"
+        ):
+            # no codeword need be zero
+            padding = self.weight[self.padding_idx].detach()
+            y = torch.where((input == self.padding_idx)[..., None], padding, y)
         return self._output(y)
 
 

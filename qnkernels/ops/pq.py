@@ -119,7 +119,8 @@ def _fake_linear(x, codes, codebook, bias=None, codebook_grad="mean"):
 
 
 @op(
-    "pq_linear(Tensor x, Tensor codes, Tensor codebook, Tensor? bias=None, str codebook_grad='mean') -> Tensor",
+    "pq_linear(Tensor x, Tensor codes, Tensor codebook, Tensor? bias=None, str codebook_grad='mean') "
+    "-> Tensor",
     _fake_linear,
 )
 def pq_linear(x, codes, codebook, bias=None, codebook_grad="mean"):

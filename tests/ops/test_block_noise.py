@@ -5,7 +5,7 @@ import torch
 from numeric import DTYPES, assert_identical, integer, random_seed
 
 from qnkernels import functional as F
-from qnkernels.backends import kernels
+from qnkernels.backends import backend, kernels
 from qnkernels.reference.philox import noise_mask
 
 
@@ -68,6 +68,42 @@ def test_gradient_is_straight_through(kind):
     assert_identical(grad, upstream.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("columns", "size", "clusters"), [(8, 8, 1), (9, 3, 5), (12, 1, 300), (128, 64, 7)])
+def test_reference_takes_the_nearest_codeword_of_noised_blocks(columns, size, clusters, dtype):
+    generator = torch.Generator().manual_seed(columns)
+    weight = torch.randn(11, columns, generator=generator).to(dtype)
+    codebook = torch.randn(clusters, size, generator=generator)
+    seed = random_seed(generator)
+    blocks = weight.float().reshape(-1, size)
+    distances = (blocks.double()[:, None] - codebook.double()).square().sum(-1)
+    nearest = codebook[distances.argmin(1)]
+    mask = noise_mask(len(blocks), 0.5, seed)[:, None]
+    expected = torch.where(mask, nearest, blocks).reshape(11, columns)
+    with backend("reference"):
+        for out_dtype in (None, torch.float32, torch.bfloat16):
+            noised = F.block_noise(weight, size, 0.5, seed, "centroid", dtype=out_dtype, codebook=codebook)
+            assert_identical(noised, expected.to(out_dtype or dtype))
+        whole = F.block_noise(weight, size, 1.0, seed, "centroid", codebook=codebook)
+        assert_identical(whole, nearest.reshape(11, columns).to(dtype))
+
+
+def test_centroid_passes_the_gradient_and_takes_the_lowest_of_equals():
+    weight = torch.randn(6, 8, requires_grad=True)
+    codebook = torch.zeros(3, 4)
+    codebook[1:] = 1e-3
+    upstream = torch.randn(6, 8)
+    with backend("reference"):
+        noised = F.block_noise(weight, 4, 0.5, 3, "centroid", codebook=codebook)
+        (grad,) = torch.autograd.grad(noised, weight, upstream)
+        assert_identical(grad, upstream)
+        same = torch.stack([torch.ones(4), torch.full((4,), -1.0), torch.full((4,), -1.0)])
+        tied = F.block_noise(torch.zeros(1, 4), 4, 1.0, 3, "centroid", codebook=same)
+        assert_identical(tied, torch.ones(1, 4))
+        arguments = (weight, 4, 0.5, integer(3), "centroid", True, None, codebook)
+        torch.library.opcheck(torch.ops.qnkernels.block_noise.default, arguments)
+
+
 def test_nan_stays_where_it_is():
     weight = torch.zeros(4, 16)
     weight[1, 3] = float("nan")
@@ -93,6 +129,23 @@ W = torch.randn(4, 8)
         (lambda: F.block_noise(W, 0, 0.1), ValueError, ("block_size", "0")),
         (lambda: F.block_noise(W, 8, -0.1), ValueError, ("p", "-0.1")),
         (lambda: F.block_noise(W, 8, 0.1, kind="median"), ValueError, ("kind", "zero", "median")),
+        (lambda: F.block_noise(W, 8, 0.1, kind="centroid"), ValueError, ("codebook", "[K, 8]", "None")),
+        (
+            lambda: F.block_noise(W, 8, 0.1, kind="centroid", codebook=W[:, :4]),
+            ValueError,
+            ("codebook", "[K, 8]", "(4, 4)"),
+        ),
+        (
+            lambda: F.block_noise(W, 8, 0.1, kind="centroid", codebook=W.half()),
+            TypeError,
+            ("codebook", "float32", "float16"),
+        ),
+        (lambda: F.block_noise(W, 8, 0.1, codebook=W), ValueError, ("codebook", "None", "'zero'")),
+        (
+            lambda: F.block_noise(torch.ones(2, 65), 65, 0.1, kind="centroid", codebook=torch.ones(1, 65)),
+            ValueError,
+            ("block_size", "64", "65"),
+        ),
         (lambda: F.block_noise(W[:0], 8, 0.1), ValueError, ("weight", "(0, 8)")),
         (lambda: F.block_noise(W, 8, 0.1, dtype=torch.int8), TypeError, ("dtype", "int8")),
         (lambda: F.block_noise(W, 8, 0.1, seed=torch.tensor(1.0)), ValueError, ("seed", "int64")),

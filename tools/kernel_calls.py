@@ -133,7 +133,7 @@ def product_layers() -> Calls:
         if transposed:
             codes = codes.t().contiguous().t()
         codebook, bias = torch.empty(256, d, dtype=dtype), torch.empty(rows)
-        for m in (1, 4, 16, 64, 65):
+        for m in (1, 4, 16, 64, 1 << 14):
             x, grad = (torch.empty(m, columns, dtype=dtype) for columns in (n_blocks * d, rows))
             yield "pq_linear", (x, codes, codebook, bias)
             yield "pq_linear_backward", (grad, x, codes, codebook, True, True, True)

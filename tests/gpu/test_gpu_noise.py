@@ -174,6 +174,31 @@ def test_block_noise(device, backend, dtype, kind, shape, block_size):
 
 
 @pytest.mark.of("block_noise")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "block_size", "n_codewords"),
+    [((1, 1), 1, 1), ((5, 21), 3, 9), ((129, 72), 8, 16), ((30, 640), 64, 5)],
+)
+def test_block_noise_by_codeword(device, backend, dtype, shape, block_size, n_codewords):
+    """The mask of the reference; each noised block becomes a codeword as near as the nearest, up to 1e-5."""
+    generator = torch.Generator().manual_seed(block_size)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    codebook = torch.randn(n_codewords, block_size, generator=generator)
+    blocks = weight.reshape(-1, block_size)
+    distance = ((blocks.double()[:, None] - codebook.double()) ** 2).sum(2)
+    near = distance <= distance.min(1, keepdim=True).values * (1 + 1e-5)
+    for p, seed in ((0.0, 1), (0.1, 2**50), (0.5, 3), (1.0, 4)):
+        with qnk.backend(backend):
+            found = F.block_noise(
+                weight.to(device), block_size, p, seed, "centroid", codebook=codebook.to(device)
+            )
+        found = found.cpu().reshape(-1, block_size)
+        mask = noise_mask(len(blocks), p, torch.tensor(seed))
+        assert (near & (found[:, None] == codebook.to(dtype)).all(2)).any(1)[mask].all()
+        assert_same_values(found[~mask], blocks[~mask])
+
+
+@pytest.mark.of("block_noise")
 def test_block_noise_without_rescaling_into_another_dtype(device, backend):
     weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(6))
     with qnk.backend("reference"):

@@ -81,7 +81,10 @@ OPS = {
     "fake_quantize_backward": lambda a: torch.ops.qnkernels.fake_quantize_backward(
         a["x"], a["x"], a["s"], a["z"], a["bits"], 0.5, a["seed"]
     ),
-    "block_noise": lambda a: F.block_noise(a["x"], 8, 0.1, a["seed"], "mean"),
+    "block_noise": lambda a: (
+        F.block_noise(a["x"], 8, 0.1, a["seed"], "mean"),
+        F.block_noise(a["x"], 8, 0.1, a["seed"], "centroid", codebook=a["codebook"]),
+    ),
     "int_linear": lambda a: F.int_linear(a["x"], a["codes"], a["scale"]),
     "int_linear_backward": lambda a: torch.ops.qnkernels.int_linear_backward(
         a["x"][:, :64].contiguous(), a["codes"], a["scale"], None, 8

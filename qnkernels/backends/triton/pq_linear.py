@@ -11,8 +11,9 @@ from .numeric import dot, from_fp32, to_fp32
 
 # Rows of x that are multiplied as codewords are read; more go through tiles.
 FEW_ROWS = 4
-# Programs that a multiprocessor has to hold before the columns are no longer split.
-PROGRAMS = 4
+# Programs that a multiprocessor has to hold before the columns are no longer split: those of few rows wait
+# for memory, those of many fill it with one.
+PROGRAMS, PROGRAMS_OF_TILES = 4, 1
 SUM_BLOCK = 256
 
 
@@ -149,9 +150,10 @@ def _tile(m: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     return (64, 64, 32, 4) if m <= 64 else (128, 64, 32, 8)
 
 
-def _splits(tiles: int, count: int, device: torch.device) -> int:
+def _splits(m: int, tiles: int, count: int, device: torch.device) -> int:
     """Parts that `count` steps are divided into, so that few tiles still fill the GPU."""
-    return max(min(cdiv(PROGRAMS * launch.processors(device), tiles), cdiv(count, 2)), 1)
+    programs = (PROGRAMS if m <= 16 else PROGRAMS_OF_TILES) * launch.processors(device)
+    return max(min(programs // tiles, cdiv(count, 2)), 1)
 
 
 def pq_linear(x, codes, codebook, bias):
@@ -168,7 +170,7 @@ def pq_linear(x, codes, codebook, bias):
     block_m, block_n, columns, warps = (m, 16, 128, 4) if few else _tile(m, x.dtype)
     count, parts, constants = steps(n_blocks, d, columns)
     tiles = cdiv(m, block_m) * cdiv(n, block_n)
-    splits = _splits(tiles, count, x.device) if m <= 16 else 1
+    splits = _splits(m, tiles, count, x.device)
     out = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
     tensors = (x, codes, codebook, bias if splits == 1 else None, out)
     sizes = (n, n_blocks, d, n_centroids, *codes.stride(), count, parts)

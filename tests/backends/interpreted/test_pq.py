@@ -181,6 +181,28 @@ def test_embedding_clamps_indices_to_the_table():
         embedding(torch.tensor([0]), codes[:0], codebook)
 
 
+def test_codes_past_the_codebook_read_its_end_and_get_no_gradient():
+    codes, codebook, _ = weight(9, 3, 8, 5, torch.float32, False, torch.Generator().manual_seed(5))
+    codes[4, 1] = 255
+    last = codes.clone()
+    last[4, 1] = 4
+    ours = kernels("triton")
+    for m in (1, 17):
+        x, grad = torch.randn(m, 24), torch.randn(m, 9)
+        assert_identical(*(ours["pq_linear"](x, one, codebook, None) for one in (codes, last)))
+        found, whole = (
+            ours["pq_linear_backward"](grad, x, one, codebook, False, True, True) for one in (codes, last)
+        )
+        assert_identical(found[0], whole[0])
+        block = (grad.T @ x)[4, 8:16]
+        torch.testing.assert_close(whole[1][4] - found[1][4], block, rtol=1e-4, atol=1e-5)
+        assert_identical(found[1][:4], whole[1][:4])
+    assert_identical(*(ours["pq_decode"](one, codebook) for one in (codes, last)))
+    dense = torch.ones(9, 24)
+    found, whole = (ours["pq_decode_backward"](dense, one, 5, False) for one in (codes, last))
+    assert_identical(whole[4] - found[4], torch.ones(8))
+
+
 def test_empty():
     codes, codebook, _ = weight(6, 3, 8, 5, torch.float32, False, torch.Generator().manual_seed(4))
     ours = kernels("triton")

@@ -11,6 +11,7 @@ from torch import nn
 from . import container
 from .layers import naming
 from .nn.compressed import CompressedLayer, become_
+from .nn.distributed import keep_codes_from_ddp_
 from .nn.encoder import choose_encoder_path_
 from .ops.checks import fail
 from .specification import LayerSpec, describe, parse
@@ -79,6 +80,7 @@ def load_compressed(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         become_(layer, spec.build(file.parts(name, layer.weight.device), layer))
     _fill(model, file)
     choose_encoder_path_(model)
+    keep_codes_from_ddp_(model)
     return model
 
 

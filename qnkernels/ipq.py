@@ -18,6 +18,7 @@ from .checkpoint import compressed_size, load_compressed
 from .layers import Layers, naming
 from .matching import Option, resolve
 from .nn.compressed import become_
+from .nn.distributed import keep_codes_from_ddp_
 from .nn.encoder import choose_encoder_path_
 from .nn.pq_weight import PQLayer
 from .ops.checks import fail
@@ -172,6 +173,7 @@ class IPQ:
         for layer, pq in turned:
             become_(layer, pq)
         choose_encoder_path_(self.model)
+        keep_codes_from_ddp_(self.model)
         pattern = self.patterns[number - 1].pattern
         return Stage(number, len(self), pattern, tuple(report), compressed_size(self.model))
 

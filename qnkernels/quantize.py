@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .nn.distributed import keep_codes_from_ddp_
 from .nn.encoder import choose_encoder_path_
 from .nn.noisy import NoisyLayer, remove_noise_from_
 from .pq import PQConfig
@@ -39,6 +40,7 @@ def quantize_(
     for step in config.plan(layers):
         step()
     choose_encoder_path_(model)
+    keep_codes_from_ddp_(model)
     return model
 
 

@@ -83,6 +83,24 @@ def finetune(model: nn.Module, steps: int = 3) -> list[float]:
     return losses
 
 
+def finetuned(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (of 16 bits) and the gradient of the codebook of a layer under DistributedDataParallel."""
+    layer = wide_layer()
+    parallel = nn.parallel.DistributedDataParallel(layer)
+    for _ in range(2):
+        parallel(data_of(rank)).square().mean().backward()
+    return layer.codes, layer.codebook.grad
+
+
+def wide_layer() -> nn.Module:
+    torch.manual_seed(1)
+    return qnk.quantize_(nn.Linear(32, 64), qnk.PQConfig(2, 300, 2))
+
+
+def data_of(rank: int) -> torch.Tensor:
+    return torch.randn(4, 32, generator=torch.Generator().manual_seed(rank))
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
@@ -93,7 +111,7 @@ def main(rank: int, folder: Path) -> None:
                 parameter.mul_(1.01)
     group = dist.group.WORLD
     stages = [str(stage) for stage in qnk.IPQ(model, STAGES, 8, 16, n_iter=4, group=group)]
-    torch.save((stages, model.state_dict()), folder / f"{rank}.pt")
+    torch.save((stages, model.state_dict(), *finetuned(rank)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

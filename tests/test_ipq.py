@@ -319,10 +319,17 @@ def test_two_processes_end_with_the_codes_of_one(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    (stages, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    (stages, first, *_), (_, second, *_) = results
     model = make_model()
     assert [str(stage) for stage in qnk.IPQ(model, STAGES, 8, 16, n_iter=4)] == stages
     for name, tensor in model.state_dict().items():
         assert torch.equal(first[name], tensor), name
         if name.endswith(("codes", "codebook")):
             assert torch.equal(second[name], tensor), name
+    layer = helpers_ipq.wide_layer()
+    losses = [layer(helpers_ipq.data_of(rank)).square().mean() for rank in range(2)]
+    sum(losses).backward()  # twice, averaged over two processes
+    for *_, codes, grad in results:
+        assert codes.dtype == torch.uint16 and torch.equal(codes, layer.codes)
+        torch.testing.assert_close(grad, layer.codebook.grad, rtol=1e-4, atol=1e-6)

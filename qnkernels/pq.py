@@ -24,11 +24,11 @@ class PQConfig:
 
     block_size: consecutive weights of a row (of a filter, in / groups * kh * kw, for a convolution).
     n_centroids: codewords of a layer, 2 to 65,536, reduced to the number of blocks where there are fewer.
-    n_iter, seed: of the k-means. codebook_grad: the gradient of a codeword is the "mean" or the "sum" over its
-    blocks. codebook_dtype: float16, bfloat16 or int8 to round the codewords to, in every forward and in the
-    file; None for the dtype of the weight. activations: the output of each layer is fake-quantized to 8 bits.
-    group: processes that share the k-means, and get the same codes. Layers that share a weight share codes
-    and codebook. Raises ValueError naming the field.
+    n_iter, seed: of the k-means. codebook_grad: the gradient of a codeword is the "mean" or the "sum" over
+    its blocks. codebook_dtype: float16, bfloat16 or int8 to round the codewords to, in every forward and in
+    the file; None for the dtype of the weight. activations: the output of each layer is fake-quantized to 8
+    bits. group: processes that share the k-means, and get the same codes. Layers that share a weight share
+    codes and codebook. Raises ValueError naming the field.
     """
 
     block_size: int = 8

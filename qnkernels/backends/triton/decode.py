@@ -30,6 +30,12 @@ def steps(n_blocks: int, d: int, columns: int) -> Steps:
 
 
 @triton.jit
+def column_count(n_blocks, d, SUB: tl.constexpr, EXACT: tl.constexpr):
+    """n_blocks * d, known to be a multiple of SUB where it is: rows of x are then read in vector accesses."""
+    return n_blocks * SUB if EXACT else n_blocks * d
+
+
+@triton.jit
 def step_columns(step, parts, n_blocks, d, BLOCKS: tl.constexpr, SUB: tl.constexpr, EXACT: tl.constexpr):
     """(column, inside) [BLOCKS * SUB] of a step: the columns of the weight, and which of them exist."""
     lane = tl.arange(0, BLOCKS * SUB)

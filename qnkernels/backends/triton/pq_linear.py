@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .decode import step_codes, step_columns, step_weight, steps
+from .decode import column_count, step_codes, step_columns, step_weight, steps
 from .launch import cdiv
 from .numeric import dot, from_fp32, to_fp32
 
@@ -17,7 +17,7 @@ PROGRAMS, PROGRAMS_OF_TILES = 4, 1
 SUM_BLOCK = 256
 
 
-@triton.jit(do_not_specialize=["m", "n", "n_blocks", "d", "n_centroids", "steps", "parts"])
+@triton.jit(do_not_specialize=["m", "n_blocks", "d", "n_centroids", "steps", "parts"])
 def pq_linear_kernel(
     x_ptr,
     codes_ptr,
@@ -45,7 +45,7 @@ def pq_linear_kernel(
     None; y [splits, m, n]; the grid is (tiles, splits).
     Floor: codes once per BLOCK_M rows of x; one access of a codeword per code read.
     """
-    k = n_blocks * d
+    k = column_count(n_blocks, d, SUB, EXACT)
     tiles_n = tl.cdiv(n, BLOCK_N)
     first_row = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M
     first_out = (tl.program_id(0) % tiles_n).to(tl.int64) * BLOCK_N
@@ -98,7 +98,7 @@ def pq_linear_few_kernel(
 
     Floor: bytes of codes; one access of a codeword and M of x per code.
     """
-    k = n_blocks * d
+    k = column_count(n_blocks, d, SUB, EXACT)
     first_out = tl.program_id(0).to(tl.int64) * BLOCK_N
     out = tl.arange(0, BLOCK_N)
     out_inside = out < n - first_out
@@ -111,10 +111,17 @@ def pq_linear_few_kernel(
             codes_ptr, row_stride, block_stride, out, out_inside, step, parts, n_blocks, BLOCKS
         )
         w = to_fp32(step_weight(code, known, codebook_ptr, n_centroids, step, parts, d, SUB, EXACT))
-        column, inside = step_columns(step, parts, n_blocks, d, BLOCKS, SUB, EXACT)
+        block = step // parts * BLOCKS + tl.arange(0, BLOCKS)[None, :, None]
+        within = step % parts * SUB + tl.arange(0, SUB)[None, None, :]
+        if EXACT:
+            column = block * SUB + tl.arange(0, SUB)[None, None, :]
+            inside = block < n_blocks
+        else:
+            column = block * d + within
+            inside = (block < n_blocks) & (within < d)
         # repeated for every row, so that x is read in the layout of w
-        column = tl.broadcast_to(tl.reshape(column, [1, BLOCKS, SUB]), [BLOCK_N, BLOCKS, SUB])
-        inside = tl.broadcast_to(tl.reshape(inside, [1, BLOCKS, SUB]), [BLOCK_N, BLOCKS, SUB])
+        column = tl.broadcast_to(column, [BLOCK_N, BLOCKS, SUB])
+        inside = tl.broadcast_to(inside, [BLOCK_N, BLOCKS, SUB])
         sums = ()
         for i in tl.static_range(M):
             x = to_fp32(tl.load(x_ptr + i * k + column, mask=inside, other=0.0))

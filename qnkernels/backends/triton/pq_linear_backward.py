@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .decode import step_codes, step_columns, step_weight, steps
+from .decode import column_count, step_codes, step_columns, step_weight, steps
 from .fixed_point import copies, exponent_below, fixed_point, unscaled
 from .launch import cdiv
 from .numeric import dot, from_fp32
 from .pq_embedding import block_counts
 
 
-@triton.jit(do_not_specialize=["m", "n", "n_blocks", "d", "n_centroids", "steps", "parts"])
+@triton.jit(do_not_specialize=["m", "n_blocks", "d", "n_centroids", "steps", "parts"])
 def pq_linear_grad_x_kernel(
     grad_ptr,
     codes_ptr,
@@ -38,7 +38,7 @@ def pq_linear_grad_x_kernel(
     grad [m, n]; codes [n, n_blocks], codebook [n_centroids, d] in the dtype of grad; grad_x [m, k].
     Floor: codes once per BLOCK_M rows of grad; one access of a codeword per code read.
     """
-    k = n_blocks * d
+    k = column_count(n_blocks, d, SUB, EXACT)
     step = tl.program_id(0) % steps
     first_row = (tl.program_id(0) // steps).to(tl.int64) * BLOCK_M
     row = tl.arange(0, BLOCK_M)
@@ -63,7 +63,7 @@ def pq_linear_grad_x_kernel(
     tl.store(grad_x_ptr + row[:, None] * k + column[None, :], grad_x, mask=inside)
 
 
-@triton.jit(do_not_specialize=["m", "n", "n_blocks", "d", "n_centroids", "steps", "parts", "copies"])
+@triton.jit(do_not_specialize=["m", "n_blocks", "d", "n_centroids", "steps", "parts", "copies"])
 def pq_linear_grad_codebook_kernel(
     grad_ptr,
     x_ptr,
@@ -92,7 +92,7 @@ def pq_linear_grad_codebook_kernel(
     exponent int64 []. The tile of the weight's gradient stays in registers.
     Floor: the products of the dense gradient; one atomic per weight.
     """
-    k = n_blocks * d
+    k = column_count(n_blocks, d, SUB, EXACT)
     step = tl.program_id(0) % steps
     first_out = (tl.program_id(0) // steps).to(tl.int64) * BLOCK_N
     row = tl.arange(0, BLOCK_M)

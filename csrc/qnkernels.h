@@ -108,6 +108,22 @@ QNK_API int qnk_cpu_kmeans_step(const float* points, const float* weights, int64
                                 int objective_exponent, int32_t* codes, int64_t* sums, int64_t* mass,
                                 int64_t* objective);
 
+// y [m, n] <- x [m, blocks * d] @ W^T + bias [n], block b of row o of W being codebook [k, d] at codes [blocks, n].
+// code_bytes 1 or 2; codes below k. bias may be null.
+QNK_API int qnk_cpu_pq_linear(const void* x, int dtype, const void* codes, int code_bytes, const float* codebook,
+                              const float* bias, void* y, int64_t m, int64_t n, int64_t blocks, int64_t k, int64_t d);
+
+// grad_x [m, blocks * d], in the dtype of x, and grad_codebook [k, d], the sum over the blocks of each codeword, of the
+// same layer; either may be null.
+QNK_API int qnk_cpu_pq_linear_backward(const void* grad, const void* x, int dtype, const void* codes, int code_bytes,
+                                       const float* codebook, void* grad_x, float* grad_codebook, int64_t m, int64_t n,
+                                       int64_t blocks, int64_t k, int64_t d);
+
+// out [count, blocks * d] <- decoded rows indices [count], or all in order (null), of codes with the given strides.
+QNK_API int qnk_cpu_pq_embedding(const int64_t* indices, int64_t count, const void* codes, int code_bytes,
+                                 int64_t row_stride, int64_t block_stride, const float* codebook, void* out,
+                                 int out_dtype, int64_t rows, int64_t blocks, int64_t d);
+
 // ---- CUDA library: pointers to device memory, stream is a cudaStream_t, nothing waits ----
 
 QNK_API const char* qnk_cuda_last_error(void);

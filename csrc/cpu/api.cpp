@@ -126,3 +126,22 @@ int qnk_cpu_kmeans_step(const float* points, const float* weights, int64_t n, in
     return table().kmeans_step(points, weights, n, d, centroids, k, exponent, weight_exponent, objective_exponent,
                                codes, sums, mass, objective);
 }
+
+int qnk_cpu_pq_linear(const void* x, int dtype, const void* codes, int code_bytes, const float* codebook,
+                      const float* bias, void* y, int64_t m, int64_t n, int64_t blocks, int64_t k, int64_t d) {
+    return table().pq_linear(x, dtype, codes, code_bytes, codebook, bias, y, m, n, blocks, k, d);
+}
+
+int qnk_cpu_pq_linear_backward(const void* grad, const void* x, int dtype, const void* codes, int code_bytes,
+                               const float* codebook, void* grad_x, float* grad_codebook, int64_t m, int64_t n,
+                               int64_t blocks, int64_t k, int64_t d) {
+    return table().pq_linear_backward(grad, x, dtype, codes, code_bytes, codebook, grad_x, grad_codebook, m, n, blocks,
+                                      k, d);
+}
+
+int qnk_cpu_pq_embedding(const int64_t* indices, int64_t count, const void* codes, int code_bytes, int64_t row_stride,
+                         int64_t block_stride, const float* codebook, void* out, int out_dtype, int64_t rows,
+                         int64_t blocks, int64_t d) {
+    return table().pq_embedding(indices, count, codes, code_bytes, row_stride, block_stride, codebook, out, out_dtype,
+                                rows, blocks, d);
+}

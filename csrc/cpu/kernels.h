@@ -15,6 +15,9 @@
     X(int_embedding)                                                                                   \
     X(kmeans_assign)                                                                                   \
     X(kmeans_update)                                                                                   \
-    X(kmeans_step)
+    X(kmeans_step)                                                                                     \
+    X(pq_linear)                                                                                       \
+    X(pq_linear_backward)                                                                              \
+    X(pq_embedding)
 
 #define QNK_DECLARE_KERNEL(name) decltype(qnk_cpu_##name) name;

@@ -13,6 +13,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "cpu/tiles.h"
 #include "cpu/vec.h"
 
 namespace qnk {
@@ -73,34 +74,6 @@ class Codebook {
     float* norms_ = nullptr;     // [rows][16]: half norms in the scale of the tiles, where sums of AMX start
     uint16_t* tiles_ = nullptr;  // [rows][steps][16][32]: bf16 operands of AMX
 };
-
-#if defined(__AMX_TILE__)
-constexpr bool kHasTiles = true;
-
-struct alignas(64) TileShapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// While it lives, this thread's eight tiles are 16 rows of 64 bytes.
-class Tiles {
-  public:
-    Tiles() {
-        const TileShapes shapes;
-        _tile_loadconfig(&shapes);
-    }
-    ~Tiles() { _tile_release(); }
-};
-#else
-constexpr bool kHasTiles = false;
-
-class Tiles {
-  public:
-    Tiles() {}
-    ~Tiles() {}
-};
-#endif
 
 // minima [16] <- least value of each of 16 rows of 16 (aligned to 64 bytes).
 inline void row_minima(const float* rows, float* minima) {

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..reference import pq as reference_pq
 from ..reference import range as reference_range
 from ..reference.philox import threshold
 from . import BackendUnavailable
@@ -20,7 +21,7 @@ def load() -> dict[str, Callable]:
     if wanted not in ISAS:
         raise BackendUnavailable(f"QNKERNELS_ISA: expected one of {', '.join(ISAS)}, got {wanted!r}")
     kernels = CpuKernels(declare(open_library("cpu"), "cpu", CPU_ARGTYPES))
-    names = [*CPU_ARGTYPES, "update_range_"]
+    names = [*CPU_ARGTYPES, "pq_decode", "pq_decode_backward", "pq_embedding_backward", "update_range_"]
     return {name: getattr(kernels, name) for name in names}
 
 
@@ -33,6 +34,8 @@ class CpuKernels:
 
     def __init__(self, functions: dict) -> None:
         self._c = functions
+        self.pq_decode_backward = reference_pq.pq_decode_backward
+        self.pq_embedding_backward = reference_pq.pq_embedding_backward
         self.update_range_ = functools.partial(
             reference_range.update_range_, minmax=self.minmax, histogram_range=self.histogram_range
         )
@@ -172,3 +175,45 @@ class CpuKernels:
         )
         raise_for_status(status)
         return codes, sums, mass, objective
+
+    def pq_linear(self, x, codes, codebook, bias):
+        (m, _), (n, blocks), (k, d) = x.shape, codes.shape, codebook.shape
+        by_block, codebook = codes.t().contiguous(), codebook.float()
+        bias = None if bias is None else bias.float().contiguous()
+        y = x.new_empty(m, n)
+        status = self._c["pq_linear"](
+            *(x.data_ptr(), DTYPES[x.dtype], by_block.data_ptr(), codes.element_size(), codebook.data_ptr()),
+            *(_pointer(bias), y.data_ptr(), m, n, blocks, k, d),
+        )
+        raise_for_status(status)
+        return y
+
+    def pq_linear_backward(self, grad, x, codes, codebook, mean, needs_x, needs_codebook):
+        (m, _), (n, blocks), (k, d) = x.shape, codes.shape, codebook.shape
+        by_block, codewords = codes.t().contiguous(), codebook.float()
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_codebook = torch.empty(k, d) if needs_codebook else None
+        status = self._c["pq_linear_backward"](
+            *(grad.data_ptr(), x.data_ptr(), DTYPES[x.dtype], by_block.data_ptr(), codes.element_size()),
+            *(codewords.data_ptr(), _pointer(grad_x), _pointer(grad_codebook), m, n, blocks, k, d),
+        )
+        raise_for_status(status)
+        if needs_codebook and mean:
+            grad_codebook /= reference_pq.block_counts(codes, k)
+        return (grad_x if needs_x else x.new_empty(0)), (grad_codebook if needs_codebook else torch.empty(0))
+
+    def pq_embedding(self, indices, codes, codebook):
+        return self._decode(indices, len(indices), codes, codebook)
+
+    def pq_decode(self, codes, codebook):
+        return self._decode(None, len(codes), codes, codebook)
+
+    def _decode(self, indices, count, codes, codebook):
+        (rows, blocks), (_, d) = codes.shape, codebook.shape
+        out, codewords = codebook.new_empty(count, blocks * d), codebook.float()
+        status = self._c["pq_embedding"](
+            *(_pointer(indices), count, codes.data_ptr(), codes.element_size(), *codes.stride()),
+            *(codewords.data_ptr(), out.data_ptr(), DTYPES[out.dtype], rows, blocks, d),
+        )
+        raise_for_status(status)
+        return out

@@ -44,6 +44,15 @@ CPU_ARGTYPES = {
     "kmeans_assign": [POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER],
     "kmeans_update": [POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, INT, INT, POINTER, POINTER],
     "kmeans_step": [POINTER, POINTER, SIZE, SIZE, POINTER, SIZE, INT, INT, INT, *[POINTER] * 4],
+    "pq_linear": [POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, SIZE],
+    "pq_linear_backward": [
+        *(POINTER, POINTER, INT, POINTER, INT, POINTER),
+        *(POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, SIZE),
+    ],
+    "pq_embedding": [
+        *(POINTER, SIZE, POINTER, INT, SIZE, SIZE),
+        *(POINTER, POINTER, INT, SIZE, SIZE, SIZE),
+    ],
 }
 CUDA_ARGTYPES = {"fake_quantize": [*_FAKE_QUANTIZE, POINTER]}
 

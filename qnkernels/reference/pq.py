@@ -78,6 +78,9 @@ def _width(grad: torch.Tensor, codes: torch.Tensor) -> int:
 
 
 def _divisor(codes: torch.Tensor, n_centroids: int, mean: bool) -> torch.Tensor | int:
-    if not mean:
-        return 1
+    return block_counts(codes, n_centroids) if mean else 1
+
+
+def block_counts(codes: torch.Tensor, n_centroids: int) -> torch.Tensor:
+    """How many blocks have each codeword, int64 [K, 1]; 1 for none, so that a mean of nothing is 0."""
     return torch.bincount(codes.long().flatten(), minlength=n_centroids).clamp(min=1)[:, None]

@@ -1,0 +1,194 @@
+// pq_linear of one token where AVX-512 looks up bytes: k <= 256 products of a block, in 16 bits, are two tables of bytes
+// of four registers each, and two instructions look up 64 codes in each half of one.
+//
+// Products are rounded to multiples of a step that 64 blocks share, so the relative error of y is about 5e-5 for
+// blocks of like size. A token whose blocks differ so much that it would be above kTolerance is refused.
+// Per 64 codes: some 19 instructions, 10 cycles. Codes are read once: n * blocks bytes.
+#pragma once
+
+#include "cpu/parallel.h"
+#include "cpu/pq.h"
+#include "cpu/vec.h"
+
+namespace qnk {
+inline namespace QNK_ISA {
+
+#if defined(__AVX512VBMI__)
+
+constexpr bool kHasByteTables = true;
+constexpr float kTolerance = 7e-5f;  // relative to the spread of y
+constexpr int kSegment = 64;         // blocks that share a step; sums of as many bytes fit 16 bits
+constexpr int kEntries = 256;        // of a table, padded
+
+struct ByteTables {
+    const ProductQuantized& w;
+    float* products;      // [blocks][256]
+    uint8_t* bytes;       // [blocks][2][256]: low and high bytes of the rounded products
+    float* step;          // [segments]
+    float* offset;        // [segments]: sum of the least products
+    float* low;           // [blocks]
+    float* range;         // [blocks]
+    float* variance;      // [blocks]
+
+    int64_t segments() const { return (w.blocks + kSegment - 1) / kSegment; }
+
+    // codewords [d][256], transposed and padded with zeros
+    void multiply(const float* x, const float* codewords, int64_t begin, int64_t end) const {
+        const int vectors = static_cast<int>((w.k + 15) / 16);
+        const __mmask16 tail = first_lanes(static_cast<int>(w.k - 16 * (vectors - 1)));
+        for (int64_t b = begin; b < end; ++b) {
+            __m512 least = _mm512_set1_ps(__builtin_inff()), most = _mm512_set1_ps(-__builtin_inff());
+            __m512 total = _mm512_setzero_ps(), squares = total;
+            for (int v = 0; v < vectors; ++v) {
+                __m512 sum = _mm512_setzero_ps();
+                for (int j = 0; j < w.d; ++j)
+                    sum = _mm512_fmadd_ps(_mm512_set1_ps(x[b * w.d + j]), _mm512_load_ps(codewords + j * kEntries + v * 16),
+                                          sum);
+                _mm512_store_ps(products + b * kEntries + v * 16, sum);
+                const __mmask16 lanes = v + 1 < vectors ? 0xffff : tail;
+                least = _mm512_mask_min_ps(least, lanes, least, sum);
+                most = _mm512_mask_max_ps(most, lanes, most, sum);
+                total = _mm512_add_ps(total, sum);  // padding adds zeros
+                squares = _mm512_fmadd_ps(sum, sum, squares);
+            }
+            const float count = static_cast<float>(w.k), mean = _mm512_reduce_add_ps(total) / count;
+            const float spread = _mm512_reduce_add_ps(squares) / count - mean * mean;
+            low[b] = _mm512_reduce_min_ps(least);
+            range[b] = _mm512_reduce_max_ps(most) - low[b];
+            variance[b] = spread > 0.0f ? spread : 0.0f;
+        }
+    }
+
+    // Chooses the steps; false where their rounding would be felt.
+    bool choose_steps() const {
+        double noise = 0.0, signal = 0.0;
+        for (int64_t s = 0; s < segments(); ++s) {
+            const int64_t end = (s + 1) * kSegment < w.blocks ? (s + 1) * kSegment : w.blocks;
+            float widest = 0.0f;
+            double sum = 0.0;
+            for (int64_t b = s * kSegment; b < end; ++b) {
+                widest = range[b] > widest ? range[b] : widest;
+                signal += variance[b];
+                sum += low[b];
+            }
+            step[s] = widest > 0.0f ? widest / 65535.0f : 1.0f;
+            offset[s] = static_cast<float>(sum);
+            if (widest > 0.0f)
+                noise += static_cast<double>(step[s]) * step[s] / 12.0 * static_cast<double>(end - s * kSegment);
+        }
+        return noise <= static_cast<double>(kTolerance) * kTolerance * signal && signal < 1e30;
+    }
+
+    void round(int64_t begin, int64_t end) const {
+        for (int64_t b = begin; b < end; ++b) {
+            const __m512 least = _mm512_set1_ps(low[b]), inverse = _mm512_set1_ps(1.0f / step[b / kSegment]);
+            const __m512i top = _mm512_set1_epi32(65535), bottom = _mm512_setzero_si512();
+            for (int v = 0; v < kEntries; v += 16) {
+                const __m512 scaled = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(products + b * kEntries + v), least), inverse);
+                const __m512i whole = _mm512_max_epi32(bottom, _mm512_min_epi32(top, _mm512_cvtps_epi32(scaled)));
+                uint8_t* to = bytes + b * 2 * kEntries + v;
+                _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(whole));
+                _mm_store_si128(reinterpret_cast<__m128i*>(to + kEntries), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
+            }
+        }
+    }
+
+    // Registers: a byte table of 64, 128 or 256 entries.
+    template <int Registers>
+    static __m512i look_up(const __m512i* table, __m512i codes, __mmask64 upper) {
+        if (Registers == 1) return _mm512_permutexvar_epi8(codes, table[0]);
+        const __m512i first = _mm512_permutex2var_epi8(table[0], codes, table[1]);
+        if (Registers == 2) return first;
+        return _mm512_mask_blend_epi8(upper, first, _mm512_permutex2var_epi8(table[2], codes, table[3]));
+    }
+
+    // y [count] of outputs first on, count <= 64 * Groups, read and written where it lies below n.
+    template <int Registers, int Groups>
+    void add(int64_t first, const float* bias, float* y) const {
+        const uint8_t* codes = w.block<uint8_t>(0) + first;
+        const __m512i even = _mm512_set1_epi16(0xff);
+        __mmask64 inside[Groups];
+        for (int g = 0; g < Groups; ++g) {
+            const int64_t rest = w.n - first - 64 * g;
+            inside[g] = rest >= 64 ? ~0ull : rest > 0 ? (1ull << rest) - 1 : 0;
+        }
+        alignas(64) float total[64 * Groups];
+        for (int i = 0; i < 64 * Groups; ++i) total[i] = bias && first + i < w.n ? bias[first + i] : 0.0f;
+        for (int64_t s = 0; s < segments(); ++s) {
+            const int64_t end = (s + 1) * kSegment < w.blocks ? (s + 1) * kSegment : w.blocks;
+            __m512i sums[Groups][4];  // of low and high bytes of even and odd outputs
+            for (int g = 0; g < Groups; ++g)
+                for (int i = 0; i < 4; ++i) sums[g][i] = _mm512_setzero_si512();
+            for (int64_t b = s * kSegment; b < end; ++b) {
+                __m512i low_bytes[Registers], high_bytes[Registers];
+                for (int r = 0; r < Registers; ++r) {
+                    low_bytes[r] = _mm512_load_si512(bytes + b * 2 * kEntries + 64 * r);
+                    high_bytes[r] = _mm512_load_si512(bytes + b * 2 * kEntries + kEntries + 64 * r);
+                }
+                for (int g = 0; g < Groups; ++g) {
+                    const __m512i index = _mm512_maskz_loadu_epi8(inside[g], codes + b * w.n + 64 * g);
+                    const __mmask64 upper = Registers == 4 ? _mm512_movepi8_mask(index) : 0;
+                    const __m512i a = look_up<Registers>(low_bytes, index, upper);
+                    const __m512i c = look_up<Registers>(high_bytes, index, upper);
+                    sums[g][0] = _mm512_add_epi16(sums[g][0], _mm512_and_si512(a, even));
+                    sums[g][1] = _mm512_add_epi16(sums[g][1], _mm512_srli_epi16(a, 8));
+                    sums[g][2] = _mm512_add_epi16(sums[g][2], _mm512_and_si512(c, even));
+                    sums[g][3] = _mm512_add_epi16(sums[g][3], _mm512_srli_epi16(c, 8));
+                }
+            }
+            for (int g = 0; g < Groups; ++g) {
+                alignas(64) uint16_t sum[4][32];
+                for (int i = 0; i < 4; ++i) _mm512_store_si512(sum[i], sums[g][i]);
+                for (int i = 0; i < 32; ++i) {
+                    total[64 * g + 2 * i] += static_cast<float>(sum[0][i] + 256 * sum[2][i]) * step[s] + offset[s];
+                    total[64 * g + 2 * i + 1] += static_cast<float>(sum[1][i] + 256 * sum[3][i]) * step[s] + offset[s];
+                }
+            }
+        }
+        for (int i = 0; i < 64 * Groups && first + i < w.n; ++i) y[first + i] = total[i];
+    }
+
+    void add_all(int64_t begin, int64_t end, const float* bias, float* y) const {
+        constexpr int kGroups = 4;
+        for (int64_t first = begin; first < end; first += 64 * kGroups) {
+            if (w.k <= 64)
+                add<1, kGroups>(first, bias, y);
+            else if (w.k <= 128)
+                add<2, kGroups>(first, bias, y);
+            else
+                add<4, kGroups>(first, bias, y);
+        }
+    }
+};
+
+// y [n] fp32 <- x [columns] fp32 . W^T + bias; false, with nothing written, if the token or the weight is not for this.
+inline bool multiply_by_bytes(const float* x, const ProductQuantized& w, const float* bias, float* y) {
+    const int64_t segments = (w.blocks + kSegment - 1) / kSegment;
+    const Buffer<float> floats(w.blocks * (kEntries + 3) + 2 * segments + w.d * kEntries);
+    const Buffer<uint8_t> bytes(w.blocks * 2 * kEntries);
+    if (!floats || !bytes) return false;
+    float* codewords = floats.get();
+    float* products = codewords + w.d * kEntries;
+    float* rest = products + w.blocks * kEntries;
+    const ByteTables tables{w,    products,           bytes.get(),           rest + 3 * w.blocks, rest + 3 * w.blocks + segments,
+                            rest, rest + w.blocks, rest + 2 * w.blocks};
+    for (int64_t c = 0; c < kEntries; ++c)
+        for (int j = 0; j < w.d; ++j) codewords[j * kEntries + c] = c < w.k ? w.codebook[c * w.d + j] : 0.0f;
+    if (w.k < kEntries)
+        for (int64_t i = 0; i < w.blocks * kEntries; ++i) products[i] = 0.0f;
+    parallel_for(w.blocks, 16, [&](int64_t begin, int64_t end) { tables.multiply(x, codewords, begin, end); });
+    if (!tables.choose_steps()) return false;
+    parallel_for(w.blocks, 16, [&](int64_t begin, int64_t end) { tables.round(begin, end); });
+    parallel_for(w.n, 256, [&](int64_t begin, int64_t end) { tables.add_all(begin, end, bias, y); });
+    return true;
+}
+
+#else
+
+constexpr bool kHasByteTables = false;
+inline bool multiply_by_bytes(const float*, const ProductQuantized&, const float*, float*) { return false; }
+
+#endif
+
+}  // namespace QNK_ISA
+}  // namespace qnk

@@ -1,0 +1,137 @@
+// pq_linear from tables of products: for each block, codeword . x for all codewords and a vector of tokens, and then
+// one row of that table, added to the output, per code.
+//
+// Per block and vector of tokens: k * d multiply-adds for the table, n additions of a row. The table of a pair of
+// blocks stays in the first-level cache (k = 256: 2 x 16 KiB), the outputs of the tokens in the second.
+#pragma once
+
+#include "cpu/parallel.h"
+#include "cpu/pq.h"
+#include "cpu/vec.h"
+
+namespace qnk {
+inline namespace QNK_ISA {
+
+// table [k][lanes] <- codeword . x for coordinates [d][lanes] of the tokens.
+template <int D>
+inline void product_table(const ProductQuantized& w, const float* coordinates, float* table) {
+    const int d = D ? D : w.d;
+    Vec x[D ? D : 1];
+    if (D)
+        for (int j = 0; j < D; ++j) x[j] = load(coordinates + j * kLanes);
+    for (int64_t c = 0; c < w.k; ++c) {
+        const float* codeword = w.codebook + c * d;
+        Vec sum = splat(0.0f);
+        for (int j = 0; j < d; ++j) sum = fma(splat(codeword[j]), D ? x[D ? j : 0] : load(coordinates + j * kLanes), sum);
+        store(table + c * kLanes, sum);
+    }
+}
+
+// y [n][lanes] += rows of the tables [Together][k][lanes] of blocks b, b + 1, ...
+template <int Together, typename Code>
+inline void add_rows(const ProductQuantized& w, int64_t b, const float* tables, float* y) {
+    const Code* codes[Together];
+    for (int i = 0; i < Together; ++i) codes[i] = w.block<Code>(b + i);
+    for (int64_t o = 0; o < w.n; ++o) {
+        Vec sum = load(y + o * kLanes);
+        for (int i = 0; i < Together; ++i) sum = sum + load(tables + (i * w.k + codes[i][o]) * kLanes);
+        store(y + o * kLanes, sum);
+    }
+}
+
+// y [n][lanes] += products of blocks first to last. coordinates: [columns][lanes]. table: room for 8 * k rows or less.
+template <int D, typename Code>
+inline void add_blocks(const ProductQuantized& w, int64_t first, int64_t last, const float* coordinates, float* table,
+                       int together, float* y) {
+    for (int64_t b = first; b < last;) {
+        int count = together;
+        while (b + count > last) count /= 2;
+        for (int i = 0; i < count; ++i)
+            product_table<D>(w, coordinates + (b + i) * w.d * kLanes, table + i * w.k * kLanes);
+        if (count == 8) add_rows<8, Code>(w, b, table, y);
+        if (count == 4) add_rows<4, Code>(w, b, table, y);
+        if (count == 2) add_rows<2, Code>(w, b, table, y);
+        if (count == 1) add_rows<1, Code>(w, b, table, y);
+        b += count;
+    }
+}
+
+// Blocks whose tables are in use together: as many as keep them in 32 KiB, a power of two up to 8.
+inline int tables_together(const ProductQuantized& w) {
+    int together = 1;
+    while (together < 8 && 2 * together * w.k * kLanes * 4 <= 32768) together *= 2;
+    return together;
+}
+
+// coordinates [columns][lanes] <- x [count][columns], count <= lanes; lanes past count are 0.
+template <typename T>
+inline void transpose_tokens(const T* x, int64_t count, int64_t columns, float* coordinates) {
+    for (int64_t c = 0; c < columns; ++c)
+        for (int t = 0; t < kLanes; ++t) coordinates[c * kLanes + t] = t < count ? to_float(x[t * columns + c]) : 0.0f;
+}
+
+// y [m, n] <- x [m, columns] . W^T + bias
+template <typename T>
+inline int multiply_by_tables(const T* x, const ProductQuantized& w, const float* bias, T* y, int64_t m) {
+    const int64_t tiles = (m + kLanes - 1) / kLanes;
+    const int threads = max_threads();
+    // few tokens: the threads share the blocks of a tile, and their sums are added in order
+    const int64_t parts = tiles >= threads ? 1 : threads < w.blocks ? threads : w.blocks;
+    const int together = tables_together(w);
+    const int64_t outputs = w.n * kLanes, table = together * w.k * kLanes, coordinates = w.columns() * kLanes;
+    const Buffer<float> sums((parts > 1 ? parts : threads) * outputs);
+    const Buffer<float> work(threads * table), tokens((parts > 1 ? 1 : threads) * coordinates);
+    if (!sums || !work || !tokens) return QNK_NO_MEMORY;
+    const auto add = [&](int64_t first, int64_t last, const float* from, float* scratch, float* to) {
+        for (int64_t i = 0; i < outputs; ++i) to[i] = 0.0f;
+        by_code(w, [&](auto* type) {
+            using Code = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+            switch (w.d) {
+                case 4: return add_blocks<4, Code>(w, first, last, from, scratch, together, to);
+                case 8: return add_blocks<8, Code>(w, first, last, from, scratch, together, to);
+                case 16: return add_blocks<16, Code>(w, first, last, from, scratch, together, to);
+                default: return add_blocks<0, Code>(w, first, last, from, scratch, together, to);
+            }
+        });
+    };
+    const auto write = [&](int64_t tile, int64_t begin, int64_t end, const float* from, int64_t count_parts) {
+        const int64_t first = tile * kLanes, count = m - first < kLanes ? m - first : kLanes;
+        for (int64_t o = begin; o < end; ++o) {
+            Vec sum = load(from + o * kLanes);
+            for (int64_t part = 1; part < count_parts; ++part) sum = sum + load(from + part * outputs + o * kLanes);
+            alignas(64) float lane[kLanes];
+            store(lane, sum + splat(bias ? bias[o] : 0.0f));
+            for (int64_t t = 0; t < count; ++t) y[(first + t) * w.n + o] = from_float<T>(lane[t]);
+        }
+    };
+    if (parts == 1) {
+        parallel(tiles, [&](int thread, int team) {
+            float *to = sums.get() + thread * outputs, *from = tokens.get() + thread * coordinates;
+            for (int64_t tile = tiles * thread / team; tile < tiles * (thread + 1) / team; ++tile) {
+                const int64_t first = tile * kLanes;
+                transpose_tokens(x + first * w.columns(), m - first, w.columns(), from);
+                add(0, w.blocks, from, work.get() + thread * table, to);
+                write(tile, 0, w.n, to, 1);
+            }
+        });
+        return QNK_OK;
+    }
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = tile * kLanes;
+        parallel_for(w.columns(), 64, [&](int64_t begin, int64_t end) {
+            for (int64_t c = begin; c < end; ++c)
+                for (int t = 0; t < kLanes; ++t)
+                    tokens.get()[c * kLanes + t] = first + t < m ? to_float(x[(first + t) * w.columns() + c]) : 0.0f;
+        });
+        parallel(parts, [&](int thread, int team) {
+            for (int64_t part = thread; part < parts; part += team)
+                add(w.blocks * part / parts, w.blocks * (part + 1) / parts, tokens.get(), work.get() + thread * table,
+                    sums.get() + part * outputs);
+        });
+        parallel_for(w.n, 64, [&](int64_t begin, int64_t end) { write(tile, begin, end, sums.get(), parts); });
+    }
+    return QNK_OK;
+}
+
+}  // namespace QNK_ISA
+}  // namespace qnk

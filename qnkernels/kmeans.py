@@ -13,6 +13,7 @@ from .reference.kmeans import fixed_point
 
 INITS = ("random", "k-means++")
 BITS = 61  # of a fixed-point sum, without its sign
+MAX_MAGNITUDE = 1e17
 SPLIT = 1e-3  # distance that a split cluster's halves are moved, in units of the points' spread
 CANCELLED = 16  # a difference this many times smaller than its parts is computed anew
 CHUNK = 1 << 20  # points whose distances are computed anew at once
@@ -88,10 +89,17 @@ def _checked_points(points: torch.Tensor, n_clusters: int, n_iter: int) -> torch
     if len(points) < n_clusters:
         fail("points", f"at least as many as the {n_clusters} clusters", len(points))
     points = points.detach().float().contiguous()
-    low, high = torch.aminmax(points)
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+    if not math.isfinite(_largest(points)):
         fail("points", "finite values", f"{int((~points.isfinite()).sum())} that are NaN or infinite")
+    if _largest(points) > MAX_MAGNITUDE:
+        fail("points", f"magnitudes up to {MAX_MAGNITUDE:g}, whose squares fp32 holds", f"{_largest(points):g}")
     return points
+
+
+def _largest(points: torch.Tensor) -> float:
+    """Largest magnitude among the points; NaN if there is one."""
+    low, high = torch.ops.qnkernels.minmax(points)
+    return float(torch.maximum(-low, high))
 
 
 def _checked_weights(
@@ -164,14 +172,13 @@ class _Lloyd:
     """Iterations over the points of this process."""
 
     def __init__(self, points: torch.Tensor, weights: torch.Tensor | None, group) -> None:
-        self._group, self._n = group, len(points)
+        self._group, self._n, self._points_of_all = group, len(points), points
         rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self._begin, self._end = self._n * rank // world, self._n * (rank + 1) // world
         self._points = points[self._begin : self._end]
         self._weights = None if weights is None else weights[self._begin : self._end]
-        self._largest = float(points.abs().max())
+        self._largest = _largest(points)
         self._heaviest = 1.0 if weights is None else float(weights.max())
-        self._spread = float(points.std(unbiased=False)) if self._n else 0.0
         # so that sums over all n points stay below 2^BITS
         self._exponent = _exponent(self._n * self._largest * self._heaviest)
         self._weight_exponent = 0 if weights is None else _exponent(self._n * self._heaviest)
@@ -188,8 +195,8 @@ class _Lloyd:
             self._points, centroids, *exponents, self._weights
         )
         self._all_reduce(sums, mass, total)
-        self._mass = mass = torch.ldexp(mass.double(), torch.tensor(-self._weight_exponent))
-        means = torch.ldexp(sums.double(), torch.tensor(-self._exponent)) / mass[:, None].clamp(min=1e-300)
+        self._mass = mass = mass.double() * 2.0**-self._weight_exponent
+        means = sums.double() * 2.0**-self._exponent / mass[:, None].clamp(min=1e-300)
         means = torch.where(mass[:, None] > 0, means.float(), centroids)
         # the squared error falls by mass * |step|^2 when a centroid moves to the mean of its points
         moved = mass[:, None] * (means.double() - centroids.double()) ** 2
@@ -229,7 +236,8 @@ class _Lloyd:
         means, mass = centroids.clone(), self._mass.clone()
         signs = torch.ones(means.shape[1], device=means.device)
         signs[1::2] = -1
-        step = signs * max(SPLIT * self._spread, torch.finfo(torch.float32).tiny)
+        spread = float(self._points_of_all.std(unbiased=False))
+        step = signs * max(SPLIT * spread, torch.finfo(torch.float32).tiny)
         for empty in (mass == 0).nonzero()[:, 0].tolist():
             donor = int(mass.argmax())
             means[empty], means[donor] = means[donor] + step, means[donor] - step

@@ -6,8 +6,9 @@
 // distances themselves, sum_j (x_j - c_j)^2. Points and codewords are shifted by the mean codeword before scoring, so
 // that a common offset costs no precision.
 //
-// Per point and codeword: d multiply-adds and a minimum, or with AMX a 256th of a 16-cycle tile product for d <= 10
-// (bf16 halves of x and c: x.c = xh.ch + xl.ch + xh.cl). Per point besides: the distances of 16 codewords.
+// Per point and codeword: d multiply-adds and a minimum. With VNNI and d <= 16, half as many products of pairs of 16-bit
+// integers (some 14 bits of x and c: the rounding is wider, and one point in twenty has two groups to compare). With AMX
+// and d > 16, tile products (bf16 halves: x.c = xh.ch + xl.ch + xh.cl). Per point besides: the distances of 16 codewords.
 #pragma once
 
 #include <stdint.h>
@@ -59,6 +60,10 @@ class Codebook {
     template <int D>
     void scores(const float* shifted, int count, float* least) const;
     void tile_scores(const float* shifted, int count, void* work, float* least) const;
+    void prepare_pairs();
+    bool pair_scores(const float* shifted, int count, float largest, void* work, float* least) const;
+    template <int Pairs, int Together>
+    void pair_products(const int32_t* x, int count, float* least) const;
     void write_tiles(const float* shifted, int64_t row, int lane) const;
     float shifted_points(const float* points, int count, float* shifted) const;
 
@@ -73,6 +78,10 @@ class Codebook {
     float* rows_ = nullptr;      // [rows][1 + d][16]: half norms and coordinates less the shift; infinite norms where none
     float* norms_ = nullptr;     // [rows][16]: half norms in the scale of the tiles, where sums of AMX start
     uint16_t* tiles_ = nullptr;  // [rows][steps][16][32]: bf16 operands of AMX
+    // Scores in integers: x in units of 1 / x_unit_, codewords of 1 / c_unit_, pairs of coordinates side by side.
+    float x_unit_ = 0.0f, c_unit_ = 0.0f, pair_error_ = 0.0f;
+    int32_t* pairs_ = nullptr;       // [rows][(d + 1) / 2][16]
+    int32_t* pair_norms_ = nullptr;  // [rows][16]
 };
 
 // minima [16] <- least value of each of 16 rows of 16 (aligned to 64 bytes).
@@ -112,6 +121,13 @@ inline uint32_t at_most(const float* row, float bound) {
     return bits;
 }
 
+#if defined(__AVX512VNNI__)
+constexpr int kPairDimension = 16;  // largest that is scored in pairs
+#else
+constexpr int kPairDimension = 0;
+#endif
+constexpr int kPairBits = 13;  // of a coordinate of x that is twice as large as any of a codeword
+
 inline int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 inline bool Codebook::prepare(const float* codewords, int64_t k, int d) {
@@ -121,16 +137,20 @@ inline bool Codebook::prepare(const float* codewords, int64_t k, int d) {
     direct_only_ = k <= kRow;
     if (direct_only_) last_tiles_ = kRow;
     steps_ = (3 * d + 31) / 32;
+    const bool in_pairs = d <= kPairDimension && !direct_only_, in_tiles = kHasTiles && !in_pairs;
     const int64_t rows = (blocks_ - 1) * kRow + last_tiles_, groups = blocks_ * kRow;
     const int64_t group_floats = groups * d * kRow, row_floats = rows * (1 + d) * kRow;
-    const int64_t norm_floats = kHasTiles ? rows * kRow : 0, tile_halves = kHasTiles ? rows * steps_ * 512 : 0;
-    const int64_t bytes = 4 * (group_floats + row_floats + norm_floats) + 2 * tile_halves;
+    const int64_t norm_floats = in_tiles ? rows * kRow : 0, tile_halves = in_tiles ? rows * steps_ * 512 : 0;
+    const int64_t pair_words = in_pairs ? rows * kRow * ((d + 1) / 2 + 1) : 0;
+    const int64_t bytes = 4 * (group_floats + row_floats + norm_floats + pair_words) + 2 * tile_halves;
     memory_ = aligned_alloc(64, static_cast<size_t>(rounded_up(bytes, 64)));
     if (!memory_) return false;
     groups_ = static_cast<float*>(memory_);
     rows_ = groups_ + group_floats;
     norms_ = rows_ + row_floats;
-    tiles_ = reinterpret_cast<uint16_t*>(norms_ + norm_floats);
+    pair_norms_ = reinterpret_cast<int32_t*>(norms_ + norm_floats);
+    pairs_ = pair_norms_ + rows * kRow;
+    tiles_ = reinterpret_cast<uint16_t*>(pair_norms_ + pair_words);
     for (int64_t i = 0; i < tile_halves; ++i) tiles_[i] = 0;
 
     double mean[kMaxDimension] = {};
@@ -171,12 +191,13 @@ inline bool Codebook::prepare(const float* codewords, int64_t k, int d) {
                 }
                 const float half_norm = real ? static_cast<float>(squared / 2) : kInfinity;
                 at[0] = half_norm;
-                if (kHasTiles) {
+                if (in_tiles) {
                     norms_[row * kRow + lane] = half_norm * scale_ * scale_;
                     write_tiles(shifted, row, lane);
                 }
             }
     }
+    if (in_pairs) prepare_pairs();
     return true;
 }
 
@@ -196,7 +217,7 @@ inline void Codebook::write_tiles(const float* shifted, int64_t row, int lane) c
 
 inline int64_t Codebook::work_bytes() const {
     const int64_t least = 4 * blocks_ * kTilePoints * kRow, shifted = 4 * kTilePoints * kMaxDimension;
-    const int64_t operands = kHasTiles ? 2 * kTilePoints * 32 * steps_ : 0, products = kHasTiles ? 4 * 8 * 16 * 32 : 0;
+    const int64_t operands = 2 * kTilePoints * 32 * steps_, products = kHasTiles ? 4 * 8 * 16 * 32 : 0;
     return rounded_up(least + shifted + operands + products, 64);
 }
 
@@ -269,14 +290,18 @@ inline void Codebook::nearest_of(const float* points, int count, void* work, int
     float* least = static_cast<float*>(work);  // [blocks][points][16]
     float* shifted = least + blocks_ * kTilePoints * kRow;
     const float largest = shifted_points(points, count, shifted);
-    if (kHasTiles)
-        tile_scores(shifted, count, shifted + kTilePoints * kMaxDimension, least);
-    else
-        scores<D>(shifted, count, least);
+    float* scratch = shifted + kTilePoints * kMaxDimension;
     // rounding of a score, twice: products of norms times units in the last place
-    const float unit = (d + 4) * 0x1p-22f + (kHasTiles ? 0x1p-15f : 0.0f);
     const float reach = largest * __builtin_sqrtf(static_cast<float>(d)) + norm_;
-    const float tolerance = unit * reach * norm_ * (kHasTiles ? scale_ * scale_ : 1.0f);
+    float tolerance = (d + 4) * 0x1p-22f * reach * norm_;
+    if (d <= kPairDimension && pair_scores(shifted, count, largest, scratch, least)) {
+        tolerance = (tolerance * c_unit_ + d * largest) * x_unit_ + pair_error_;
+    } else if (kHasTiles && d > kPairDimension) {
+        tile_scores(shifted, count, scratch, least);
+        tolerance = (tolerance + 0x1p-15f * reach * norm_) * scale_ * scale_;
+    } else {
+        scores<D>(shifted, count, least);
+    }
     for (int p = 0; p < count; p += kRow)
         choose<D>(points + p * d, count - p < kRow ? count - p : kRow, least + p * kRow, tolerance, codes + p,
                   distances + p);
@@ -296,19 +321,25 @@ inline void Codebook::choose(const float* points, int count, const float* least,
             store(overall + i, lowest);
         }
     row_minima(blocks_ > 1 ? overall : least, bounds);
-    int64_t groups[kRow];
+    int32_t groups[kRow];
     uint32_t several = 0;  // points with more than one group to compare
     for (int p = 0; p < count; ++p) {
         const float bound = bounds[p] + tolerance;
-        int candidates = 0;
-        groups[p] = 0;
-        for (int64_t b = 0; b < blocks_; ++b) {
-            const uint32_t close = at_most(least + b * kStride + p * kRow, bound);
-            if (!close) continue;
-            candidates += close & (close - 1) ? 2 : 1;
-            groups[p] = b * kRow + __builtin_ctz(close);
+        if (blocks_ == 1) {
+            const uint32_t close = at_most(least + p * kRow, bound);
+            groups[p] = __builtin_ctz(close | 1u << (kRow - 1));
+            several |= static_cast<uint32_t>((close & (close - 1)) != 0) << p;
+        } else {
+            int candidates = 0;
+            groups[p] = 0;
+            for (int64_t b = 0; b < blocks_; ++b) {
+                const uint32_t close = at_most(least + b * kStride + p * kRow, bound);
+                if (!close) continue;
+                candidates += close & (close - 1) ? 2 : 1;
+                groups[p] = static_cast<int32_t>(b * kRow) + __builtin_ctz(close);
+            }
+            several |= static_cast<uint32_t>(candidates > 1) << p;
         }
-        several |= static_cast<uint32_t>(candidates != 1) << p;
         distances_in_group<D>(points + p * d, groups[p], squared + p * kRow);
     }
     row_minima(squared, minima);
@@ -355,6 +386,104 @@ inline void Codebook::scores(const float* shifted, int count, float* least) cons
             }
     }
 }
+
+#if defined(__AVX512VNNI__)
+inline void Codebook::prepare_pairs() {
+    const int pairs = (d_ + 1) / 2;
+    const int64_t rows = (blocks_ - 1) * kRow + last_tiles_;
+    float largest = 0.0f;
+    for (int64_t row = 0; row < rows; ++row)
+        for (int i = kRow; i < (1 + d_) * kRow; ++i) {
+            const float magnitude = __builtin_fabsf(rows_[row * (1 + d_) * kRow + i]);
+            largest = magnitude > largest ? magnitude : largest;
+        }
+    // the sum of d products, and a half norm, stay below 2^31
+    const int sum_bits = d_ <= 4 ? 28 : d_ <= 8 ? 27 : 26;
+    const bool usable = largest > 1e-15f && largest < 1e15f;
+    x_unit_ = usable ? static_cast<float>(1 << kPairBits) / (2.0f * largest) : 0.0f;
+    c_unit_ = usable ? static_cast<float>((1 << (sum_bits - kPairBits)) - 1) / largest : 0.0f;
+    float widest = 0.0f;
+    for (int64_t row = 0; row < rows; ++row)
+        for (int lane = 0; lane < kRow; ++lane) {
+            const float* at = rows_ + row * (1 + d_) * kRow + lane;
+            const float norm = at[0] * x_unit_ * c_unit_;
+            float sum = 0.0f;
+            for (int pair = 0; pair < pairs; ++pair) {
+                int32_t values[2] = {};
+                for (int i = 0; i < 2 && 2 * pair + i < d_; ++i) {
+                    values[i] = static_cast<int32_t>(__builtin_lrintf(-at[(1 + 2 * pair + i) * kRow] * c_unit_));
+                    sum += static_cast<float>(values[i] < 0 ? -values[i] : values[i]);
+                }
+                pairs_[(row * pairs + pair) * kRow + lane] =
+                    static_cast<int32_t>((static_cast<uint32_t>(values[1]) << 16) | (static_cast<uint32_t>(values[0]) & 0xffffu));
+            }
+            // no codeword: above every score, and still no overflow with a product added
+            pair_norms_[row * kRow + lane] = norm < 0x1p30f ? static_cast<int32_t>(__builtin_lrintf(norm)) : 0x3fffffff;
+            widest = sum > widest ? sum : widest;
+        }
+    // a coordinate of x is off by at most a half, and so is one of c; twice that, and the rounding of sums to floats
+    pair_error_ = widest + static_cast<float>(d_) + 4.0f + 0x1p8f;
+}
+
+// False where a point is too far out for the integers.
+inline bool Codebook::pair_scores(const float* shifted, int count, float largest, void* work, float* least) const {
+    if (!(largest * x_unit_ <= static_cast<float>(1 << kPairBits)) || x_unit_ == 0.0f) return false;
+    const int pairs = (d_ + 1) / 2;
+    int16_t* x = static_cast<int16_t*>(work);  // [points][2 * pairs]
+    const __m512 unit = _mm512_set1_ps(x_unit_);
+    const auto round = [&](__m512 value) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(value, unit))); };
+    if (d_ % 2 == 0) {
+        for (int i = 0; i < count * d_; i += 16)  // the buffers have room for whole vectors
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + i), round(_mm512_loadu_ps(shifted + i)));
+    } else {
+        const __mmask16 lanes = first_lanes(d_);
+        for (int p = 0; p < count; ++p)  // the next point overwrites what is past this one
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + p * 2 * pairs), round(_mm512_maskz_loadu_ps(lanes, shifted + p * d_)));
+    }
+    const int32_t* words = reinterpret_cast<const int32_t*>(x);
+    switch (pairs) {
+        case 1: pair_products<1, 4>(words, count, least); break;
+        case 2: pair_products<2, 4>(words, count, least); break;
+        case 3: pair_products<3, 4>(words, count, least); break;
+        case 4: pair_products<4, 4>(words, count, least); break;
+        case 5: pair_products<5, 2>(words, count, least); break;
+        case 6: pair_products<6, 2>(words, count, least); break;
+        case 7: pair_products<7, 2>(words, count, least); break;
+        default: pair_products<8, 2>(words, count, least);
+    }
+    return true;
+}
+
+// least [blocks][points][16] <- least integer score of each group, as floats. x [points][Pairs].
+template <int Pairs, int Together>
+inline void Codebook::pair_products(const int32_t* x, int count, float* least) const {
+    for (int p = 0; p < count; p += Together) {
+        __m512i point[Together][Pairs];
+        for (int q = 0; q < Together; ++q)
+            for (int i = 0; i < Pairs; ++i) point[q][i] = _mm512_set1_epi32(x[(p + q) * Pairs + i]);
+        for (int64_t block = 0; block < blocks_; ++block) {
+            __m512i lowest[Together];
+            for (int q = 0; q < Together; ++q) lowest[q] = _mm512_set1_epi32(0x7fffffff);
+            const int32_t* row = pairs_ + block * kRow * Pairs * kRow;
+            const int32_t* norms = pair_norms_ + block * kRow * kRow;
+            for (int64_t t = 0; t < group_size(block); ++t, row += Pairs * kRow, norms += kRow) {
+                __m512i score[Together];
+                for (int q = 0; q < Together; ++q) score[q] = _mm512_load_si512(norms);
+                for (int i = 0; i < Pairs; ++i) {
+                    const __m512i codewords = _mm512_load_si512(row + i * kRow);
+                    for (int q = 0; q < Together; ++q) score[q] = _mm512_dpwssd_epi32(score[q], point[q][i], codewords);
+                }
+                for (int q = 0; q < Together; ++q) lowest[q] = _mm512_min_epi32(lowest[q], score[q]);
+            }
+            for (int q = 0; q < Together; ++q)
+                _mm512_store_ps(least + (block * kTilePoints + p + q) * kRow, _mm512_cvtepi32_ps(lowest[q]));
+        }
+    }
+}
+#else
+inline void Codebook::prepare_pairs() {}
+inline bool Codebook::pair_scores(const float*, int, float, void*, float*) const { return false; }
+#endif
 
 #if defined(__AMX_TILE__)
 inline void Codebook::tile_scores(const float* shifted, int count, void* work, float* least) const {

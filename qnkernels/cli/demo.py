@@ -16,7 +16,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ..recipes import demo as recipe
-from ..recipes.methods import FULL_PRECISION
+from ..recipes.methods import FP32, NAMES
 from ..recipes.results import Results, Row
 from .console import clear_errors, err, megabytes, out, print_json
 
@@ -35,18 +35,27 @@ def demo(
     folder: Annotated[
         Path, typer.Option("--out", help="Folder for results, picture and checkpoints.")
     ] = Path("runs/demo"),
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=f"Which rows, separated by commas, of {', '.join(NAMES)}. fp32 always comes along: "
+            "the others are compared to it."
+        ),
+    ] = ",".join(NAMES),
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON instead of a table.")
     ] = False,
 ) -> None:
     """Train a small language model with and without quantization noise, compress it, and compare.
 
-    Five trainings: full precision, then int4 and int8 with all weights quantized (QAT) and with half of
-    them (Quant-Noise). Prints one table; writes results.json, perplexity.png and the compressed
-    checkpoints. Ctrl-C keeps what is finished.
+    Seven trainings: full precision, then for int4, int8 and product quantization (iPQ) with all weights
+    quantized (QAT) and with some of them (Quant-Noise). The iPQ models are quantized in stages and finetuned
+    after each. Prints one table; writes results.json, perplexity.png and the compressed checkpoints. Ctrl-C
+    keeps what is finished.
     """
     with clear_errors(ValueError, OSError, FloatingPointError):
-        settings = recipe.Settings(folder, preset, steps, seed, device, tuple(data or ()))
+        names = tuple(name.strip().lower() for name in methods.split(","))
+        settings = recipe.Settings(folder, preset, steps, seed, device, tuple(data or ()), names)
         with Watch() as watch:
             results = recipe.run(settings, watch)
     if as_json:
@@ -67,7 +76,7 @@ class Watch:
     def __init__(self) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
             TimeElapsedColumn(),
@@ -87,45 +96,55 @@ class Watch:
         self.progress.console.print(message, style="dim", highlight=False)
 
     def started(self, label: str, number: int, trainings: int, steps: int) -> None:
-        description = f"{number}/{trainings} {label:16}"
+        description = f"{number:2}/{trainings} {label:29}"
         self.task = self.progress.add_task(description, total=steps, loss="  -  ")
 
     def stepped(self, step: int, loss: float) -> None:
         self.progress.update(self.task, completed=step, loss=f"{loss:5.3f}")
 
     def found(self, row: Row) -> None:
-        if row.method == "after training":
+        name = row.method
+        if row.precision != FP32:
             name = f"{row.precision} {row.method}"
-        else:
-            name = row.method if row.bits == 32 else f"{row.precision} {row.method}"
-        self.said(f"    {name}: perplexity {row.perplexity:.3f}, {megabytes(row.bytes)} MB")
+        untuned = f" ({row.finetuning.perplexity_without:.3f} without finetuning)" if row.finetuning else ""
+        self.said(f"    {name}: perplexity {row.perplexity:.3f}{untuned}, {megabytes(row.bytes)} MB")
 
 
 def table(results: Results) -> Table:
     """One row per model; the best of each precision in bold."""
+    tuned = any(row.finetuning for row in results.rows)
     text = Table(title=results.title, box=box.SIMPLE_HEAD, title_justify="left")
     text.add_column("", no_wrap=True)
     text.add_column("method", no_wrap=True)
-    for name in ("perplexity", "MB", "train step", "tokens/s", "to fp32"):
+    extra = ("untuned", "tune step") if tuned else ()
+    for name in ("perplexity", *extra[:1], "MB", "train step", *extra[1:], "tokens/s", "to fp32"):
         text.add_column(name, justify="right", no_wrap=True)
     best = {
-        bits: min(r.perplexity for r in results.rows if r.bits == bits)
-        for bits in {r.bits for r in results.rows}
+        precision: min(r.perplexity for r in results.rows if r.precision == precision)
+        for precision in {r.precision for r in results.rows}
     }
     previous = None
     for row in results.rows:
-        if previous not in (None, row.bits):
+        if previous not in (None, row.precision):
             text.add_section()
-        style = "bold" if row.perplexity == best[row.bits] and row.method != FULL_PRECISION else ""
+        style = "bold" if row.perplexity == best[row.precision] and row.precision != FP32 else ""
+        finetuning = row.finetuning
+        untuned = f"{finetuning.perplexity_without:.3f}" if finetuning else ""
+        step = f"{finetuning.ratio:.2f}x" if finetuning else ""
         text.add_row(
-            row.precision if row.bits != previous else "",
+            row.precision if row.precision != previous else "",
             row.method,
             f"{row.perplexity:.3f}",
+            *([untuned] if tuned else []),
             megabytes(row.bytes),
             f"{row.training_ratio:.2f}x",
+            *([step] if tuned else []),
             f"{row.tokens_per_second:.0f}",
             f"{row.generation_ratio:.2f}x",
             style=style,
         )
-        previous = row.bits
+        previous = row.precision
+    if tuned:
+        text.caption = "untuned: before finetuning; tune step: of finetuning, to a training step of fp32"
+        text.caption_justify = "left"
     return text

@@ -15,28 +15,36 @@ from ..backends import serving
 from ..checkpoint import load_compressed, save_compressed
 from ..quantize import quantize_, remove_noise_
 from .files import make_folder, write_text
-from .methods import METHODS, TRAININGS, Variant
+from .methods import BLOCK_SIZE, CENTROIDS, FULL, NAMES, PRODUCT, STAGES, Variant, chosen, stages
 from .plot import draw
-from .results import Results, Row
+from .results import Finetuning, Results, Row
 from .text import Text, TextError, load, standard_library
 from .tokens import Tokenizer
 from .training import Trainer, interleaved_seconds, keep_freed_memory, perplexity, precision, windows
 from .transformer import LanguageModel, Shape, generate
 
 TIMING_SECONDS = 8.0  # for the training steps of all methods together, where a step is short
+FINETUNING = "finetuning"
+FINETUNING_SEED = 1 << 40  # finetuning sees other windows of the text than training
 PROMPT, GENERATED, GENERATING_SECONDS = 16, 32, 1.5  # tokens, tokens, for each compressed model
 CHECKPOINTS, PICTURE, RESULTS, TOKENIZER = "checkpoints", "perplexity.png", "results.json", "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and its training. batch: windows per step; rate: peak learning rate; validation: tokens."""
+    """A model and its training. batch: windows per step; rate: peak learning rate; validation: tokens.
+
+    finetuning: steps after each stage of product quantization, as a part of `steps`; its peak learning rate
+    is `finetuning_rate`.
+    """
 
     shape: Shape
     batch: int
     steps: int
     rate: float
     validation: int
+    finetuning: float = 0.1
+    finetuning_rate: float = 1e-3
 
 
 PRESETS = {
@@ -50,7 +58,8 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses. data: empty for the standard library; steps: None for those of the preset.
+    """What a user chooses. data: empty for the standard library; steps: None for those of the preset;
+    methods: of NAMES.
 
     Raises ValueError naming the field.
     """
@@ -61,8 +70,10 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     data: tuple[Path, ...] = ()
+    methods: tuple[str, ...] = NAMES
 
     def __post_init__(self) -> None:
+        chosen(self.methods)
         if self.preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}")
         if self.steps is not None and self.steps < 1:
@@ -100,24 +111,21 @@ def run(settings: Settings, listener: Listener) -> Results:
     make_folder(settings.out / CHECKPOINTS)
     demo = _Demo(settings, listener)
     results = demo.results
-    stage = "before the first training"
     try:
         listener.said("timing training steps")
         seconds = demo.seconds_per_step()
-        for number, (trained, variants) in enumerate(TRAININGS, 1):
-            stage = f"during the training {trained.label!r}"
-            listener.started(trained.label, number, len(TRAININGS), demo.steps)
+        for trained, variants in demo.plan:
             model = demo.train(trained)
             for variant in variants:
-                row = demo.compress(model, variant, seconds[trained], seconds[TRAININGS[0][0]])
+                row = demo.compress(model, variant, seconds[trained.label], seconds)
                 results.rows.append(row)
                 listener.found(row)
             results.write(settings.out / RESULTS)
     except KeyboardInterrupt:
-        total = sum(len(variants) for _, variants in TRAININGS)
-        results.note = f"stopped {stage}: {len(results.rows)} of {total} models are finished"
+        total = sum(len(variants) for _, variants in demo.plan)
+        results.note = f"stopped {demo.stage}: {len(results.rows)} of {total} models are finished"
     if results.rows:
-        results.rows = results.sorted_rows(METHODS)
+        results.rows = results.sorted_rows()
         results.write(settings.out / RESULTS)
         draw(results.rows, settings.out / PICTURE, results.title)
     return results
@@ -129,9 +137,11 @@ class _Demo:
     def __init__(self, settings: Settings, listener: Listener) -> None:
         keep_freed_memory()
         self.settings, self.listener = settings, listener
-        self.preset = PRESETS[settings.preset]
+        self.preset, self.plan = PRESETS[settings.preset], chosen(settings.methods)
         self.steps = settings.steps or self.preset.steps
+        self.finetuning_steps = max(1, round(self.preset.finetuning * self.steps))
         self.device = torch.device(settings.device)
+        self.stage, self.started = "before the first training", 0
         listener.said("reading and tokenizing the text")
         text = load(settings.data or standard_library())
         self.tokenizer = Tokenizer.learn(text.train, self.preset.shape.vocabulary)
@@ -148,23 +158,33 @@ class _Demo:
             raise TextError(f"{source}: {len(tokens)} tokens of {role} text, at least {least} are needed")
         return tokens.to(self.device)
 
-    def seconds_per_step(self) -> dict[Variant, float]:
-        """Median seconds of a training step of each training, all in turns."""
-        jobs: dict[Variant, Callable[[], object]] = {}
-        for trained, _ in TRAININGS:
-            jobs[trained] = self._trainer(trained).train_step
+    def seconds_per_step(self) -> dict[str, float]:
+        """Median seconds of a step of each training, by label, and of finetuning, all in turns."""
+        jobs: dict[str, Callable[[], object]] = {}
+        for trained, _ in self.plan:
+            jobs[trained.label] = self._trainer(trained).train_step
+        if any(variant.precision == PRODUCT for _, variants in self.plan for variant in variants):
+            model = LanguageModel(self.preset.shape).to(self.device)
+            *_, last = stages(model, self.settings.seed)
+            jobs[FINETUNING] = self._finetuner(model, last.number).train_step
         return interleaved_seconds(jobs, TIMING_SECONDS, self.device)
 
     def train(self, variant: Variant) -> LanguageModel:
         """A trained model, plain again: without noise, in eval mode."""
+        self._start("training", variant.label, self.steps)
         trainer = self._trainer(variant)
         trainer.run(self.listener.stepped)
         return remove_noise_(trainer.model).eval()
 
-    def compress(self, model: LanguageModel, variant: Variant, step: float, full_step: float) -> Row:
-        """Export, save, reload into a fresh model, check that it is the same, and measure that one."""
-        exported = copy.deepcopy(model)
-        if (config := variant.export()) is not None:
+    def compress(self, model: LanguageModel, variant: Variant, step: float, steps: dict[str, float]) -> Row:
+        """Export, save, reload into a fresh model, check that it is the same, and measure that one.
+
+        step: seconds of a training step; steps: those of `seconds_per_step`.
+        """
+        exported, finetuning = copy.deepcopy(model), None
+        if variant.precision == PRODUCT:
+            finetuning = self._product_quantize(exported, variant, steps)
+        elif (config := variant.export()) is not None:
             quantize_(exported, config)
         path = self.settings.out / CHECKPOINTS / variant.file_name
         save_compressed(exported, path)
@@ -183,16 +203,50 @@ class _Demo:
         )
         return Row(
             method=variant.method,
-            bits=variant.bits,
+            precision=variant.precision,
             p=variant.p,
-            perplexity=perplexity(loaded, self.validation_tokens, self.preset.validation, self.preset.batch),
+            perplexity=self._perplexity(loaded),
             bytes=path.stat().st_size,
             training_seconds=step,
-            training_ratio=step / full_step,
+            training_ratio=step / steps[FULL.label],
             tokens_per_second=GENERATED / seconds["this"],
             generation_ratio=seconds["full"] / seconds["this"],
             file=str(path.relative_to(self.settings.out)),
+            finetuning=finetuning,
         )
+
+    def _product_quantize(
+        self, model: LanguageModel, variant: Variant, seconds: dict[str, float]
+    ) -> Finetuning:
+        """Quantize a trained model stage by stage, in place, and finetune all that is left after each one:
+        codebooks, norms, and the weights of later stages.
+        """
+        untuned = copy.deepcopy(model)
+        for _ in stages(untuned, self.settings.seed):
+            pass
+        steps, report, loop = self.finetuning_steps, self.listener.stepped, stages(model, self.settings.seed)
+        self._start("finetuning", variant.label, steps * len(loop))
+        done = []
+        for stage in loop:
+            before = steps * (stage.number - 1)
+            trainer = self._finetuner(model, stage.number)
+            trainer.run(lambda step, loss, before=before: report(before + step, loss))
+            errors = {layer.name: layer.error for layer in stage.layers}
+            done.append({"pattern": stage.pattern, "bytes": stage.size, "relative_errors": errors})
+        model.eval()
+        second = seconds[FINETUNING]
+        return Finetuning(done, steps, second, second / seconds[FULL.label], self._perplexity(untuned))
+
+    def _start(self, kind: str, label: str, steps: int) -> None:
+        """Tell that a training or finetuning begins."""
+        products = [v for _, variants in self.plan for v in variants if v.precision == PRODUCT]
+        self.started += 1
+        self.stage = f"during the {kind} {label!r}"
+        name = label if kind == "training" else f"{kind} {label}"
+        self.listener.started(name, self.started, len(self.plan) + len(products), steps)
+
+    def _perplexity(self, model: LanguageModel) -> float:
+        return perplexity(model, self.validation_tokens, self.preset.validation, self.preset.batch)
 
     def _trainer(self, variant: Variant) -> Trainer:
         """A new model with the initial weights of the seed, in a trainer with the windows of the seed."""
@@ -203,6 +257,12 @@ class _Demo:
         preset, seed = self.preset, self.settings.seed
         return Trainer(model, self.train_tokens, preset.batch, self.steps, preset.rate, seed)
 
+    def _finetuner(self, model: LanguageModel, stage: int) -> Trainer:
+        """A trainer of a model that is partly quantized, with the windows of the seed and stage."""
+        preset, seed = self.preset, self.settings.seed ^ FINETUNING_SEED * stage
+        options = (preset.batch, self.finetuning_steps, preset.finetuning_rate, seed)
+        return Trainer(model, self.train_tokens, *options, weight_decay=0.0)
+
     @torch.no_grad()
     def _check_same(self, exported: LanguageModel, loaded: LanguageModel, path: Path) -> None:
         starts = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -211,8 +271,10 @@ class _Demo:
             raise RuntimeError(f"{path}: the reloaded model gives other logits than the one saved")
 
     def _settings(self) -> dict:
-        preset = asdict(self.preset) | {"steps": self.steps}
-        return {"preset": self.settings.preset, "seed": self.settings.seed, **preset}
+        preset = asdict(self.preset) | {"steps": self.steps, "finetuning_steps": self.finetuning_steps}
+        product = {"stages": STAGES, "block_size": BLOCK_SIZE, "centroids": CENTROIDS}
+        choice = {name: getattr(self.settings, name) for name in ("preset", "seed", "methods")}
+        return {**choice, **preset, "product_quantization": product}
 
     def _environment(self) -> dict:
         return {

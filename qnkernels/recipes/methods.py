@@ -1,22 +1,34 @@
 """The trainings that the demo compares, and the compressed models that each gives.
 
-All from the same initial weights on the same data in the same order, and all exported by the same
-quantizer: one range per weight matrix, from its smallest to its largest value (Quant-Noise, arXiv
-2004.07320, section 4.2).
+All from the same initial weights on the same data in the same order, and all compressed alike: the scalar
+ones with one range per weight matrix, from its smallest to its largest value (Quant-Noise, arXiv 2004.07320,
+section 4.2), the product-quantized ones in the same stages with the same finetuning (section 3.2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
+from ..ipq import IPQ
+from ..product import ProductNoiseConfig
 from ..ptq import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 from ..scalar import ScalarNoiseConfig
 
-FULL_PRECISION, AFTER_TRAINING, QAT, QUANT_NOISE = METHODS = (
+METHODS = FULL_PRECISION, AFTER_TRAINING, QAT, QUANT_NOISE = (
     "full precision",
     "after training",
     "QAT",
     "Quant-Noise",
 )
+PRECISIONS = FP32, INT8, INT4, PRODUCT = ("fp32", "int8", "int4", "iPQ")
+NAMES = tuple(name.lower() for name in PRECISIONS)  # as --methods takes them
 UPDATE_EVERY = 10  # training forwards between two looks at a weight's range
+
+STAGES = (r"fc[12]", r"embedding", r"attention")
+BLOCK_SIZE, CENTROIDS = 8, 64  # the smallest matrix of the preset "small" has 512 such blocks
+PROXY_RATE = 0.1
+CODEBOOK_UPDATE_EVERY = 50  # training forwards between two moves of the codewords of QAT
 
 
 @dataclass(frozen=True)
@@ -24,40 +36,70 @@ class Variant:
     """A row of the table: how a model was trained and stored. p: rate of the noise in training."""
 
     method: str
-    bits: int
+    precision: str
     p: float | None = None
 
     @property
     def label(self) -> str:
-        return self.method if self.bits == 32 else f"int{self.bits} {self.method}"
+        return self.method if self.precision == FP32 else f"{self.precision} {self.method}"
 
     @property
     def file_name(self) -> str:
         return self.label.lower().replace(" ", "-") + ".safetensors"
 
-    def noise(self) -> ScalarNoiseConfig | None:
-        """What the layers are trained with; None for plain training."""
+    def noise(self) -> ScalarNoiseConfig | ProductNoiseConfig | None:
+        """What the layers are trained with; None for plain training.
+
+        Noise for product quantization sets blocks to zero, and QAT, where no block would be left, sets them
+        to their nearest codewords.
+        """
         if self.p is None:
             return None
-        return ScalarNoiseConfig(bits=self.bits, p=self.p, per="tensor", update_every=UPDATE_EVERY)
+        if self.precision != PRODUCT:
+            bits = {INT8: 8, INT4: 4}[self.precision]
+            return ScalarNoiseConfig(bits=bits, p=self.p, per="tensor", update_every=UPDATE_EVERY)
+        if self.method == QUANT_NOISE:
+            return ProductNoiseConfig(BLOCK_SIZE, self.p, kind="zero")
+        codewords = dict(n_centroids=CENTROIDS, update_every=CODEBOOK_UPDATE_EVERY)
+        return ProductNoiseConfig(BLOCK_SIZE, self.p, kind="centroid", **codewords)
 
-    def export(self) -> Int8WeightOnlyConfig | None:
-        """What the layers are stored as; None for full precision."""
-        if self.bits == 32:
+    def export(self) -> Int8WeightOnlyConfig | Int4WeightOnlyConfig | None:
+        """What the layers are stored as; None for full precision and for those that go through `stages`."""
+        if self.precision in (FP32, PRODUCT):
             return None
-        config = {8: Int8WeightOnlyConfig, 4: Int4WeightOnlyConfig}[self.bits]
+        config = {INT8: Int8WeightOnlyConfig, INT4: Int4WeightOnlyConfig}[self.precision]
         return config(per="tensor", group_size=None)
 
 
-FULL = Variant(FULL_PRECISION, 32)
+def stages(model: nn.Module, seed: int) -> IPQ:
+    """The loop that product-quantizes a plain model of the demo."""
+    return IPQ(model, STAGES, BLOCK_SIZE, CENTROIDS, seed=seed)
 
-# Each training with the variants that its weights are stored as. The most telling come first, for those
-# who do not wait for all.
-TRAININGS: tuple[tuple[Variant, tuple[Variant, ...]], ...] = (
-    (FULL, (FULL, Variant(AFTER_TRAINING, 8), Variant(AFTER_TRAINING, 4))),
+
+FULL = Variant(FULL_PRECISION, FP32)
+
+# A training, and the variants that its weights are stored as.
+Training = tuple[Variant, tuple[Variant, ...]]
+
+# The most telling come first, for those who do not wait for all.
+TRAININGS: tuple[Training, ...] = (
+    (FULL, (FULL, *(Variant(AFTER_TRAINING, precision) for precision in (INT8, INT4, PRODUCT)))),
     *(
         (variant, (variant,))
-        for bits in (4, 8)
-        for variant in (Variant(QUANT_NOISE, bits, 0.5), Variant(QAT, bits, 1.0))
+        for precision, p in ((INT4, 0.5), (PRODUCT, PROXY_RATE), (INT8, 0.5))
+        for variant in (Variant(QUANT_NOISE, precision, p), Variant(QAT, precision, 1.0))
     ),
 )
+
+
+def chosen(names: Sequence[str]) -> tuple[Training, ...]:
+    """The trainings for the precisions named; that in full precision always, since the others start from it
+    or are compared to it. Raises ValueError for an unknown name.
+    """
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or not names:
+        received = repr(unknown[0]) if unknown else "none"
+        raise ValueError(f"methods: expected some of {', '.join(NAMES)}, got {received}")
+    wanted = {precision for precision in PRECISIONS if precision.lower() in names} | {FP32}
+    some = [(trained, tuple(v for v in variants if v.precision in wanted)) for trained, variants in TRAININGS]
+    return tuple((trained, variants) for trained, variants in some if variants)

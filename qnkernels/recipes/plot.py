@@ -5,13 +5,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from .files import replacing
+from .methods import AFTER_TRAINING, FP32, QAT, QUANT_NOISE
 from .results import Row
 
 # Okabe and Ito's colours, told apart by all kinds of colour vision, and markers for print.
 STYLES = {
-    "after training": ("#d55e00", "s"),
-    "QAT": ("#0072b2", "^"),
-    "Quant-Noise": ("#009e73", "o"),
+    AFTER_TRAINING: ("#d55e00", "s"),
+    QAT: ("#0072b2", "^"),
+    QUANT_NOISE: ("#009e73", "o"),
 }
 FULL = ("#333333", "D")
 
@@ -20,7 +21,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     """Write a PNG: one point per row, one line per method."""
     figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    full = [row for row in rows if row.bits == 32]
+    full = [row for row in rows if row.precision == FP32]
     for row in full:
         axes.axhline(row.perplexity, color=FULL[0], linewidth=0.8, linestyle=":", zorder=1)
     for method, (color, marker) in STYLES.items():

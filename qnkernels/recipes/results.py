@@ -5,19 +5,37 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .files import write_text
+from .methods import METHODS, PRECISIONS
+
+
+@dataclass
+class Finetuning:
+    """What followed each stage of iterative product quantization.
+
+    stages: the pattern of each, the size in bytes of the model after it, and the relative error of its
+    layers. steps: after each stage. seconds, ratio: of a step, and over a training step in full precision.
+    perplexity_without: of all stages with nothing in between.
+    """
+
+    stages: list[dict]
+    steps: int
+    seconds: float
+    ratio: float
+    perplexity_without: float
 
 
 @dataclass
 class Row:
-    """One compressed model, or the full-precision one (bits 32, method "full precision").
+    """One compressed model, or the full-precision one (precision "fp32", method "full precision").
 
-    perplexity: on the validation text, of the model as reloaded from `file`. bytes: of `file` on disk.
-    training_ratio: seconds of a training step over those of full precision. tokens_per_second: greedy
-    generation, one text at a time; generation_ratio: over full precision in the same minute.
+    p: rate of the noise in training. perplexity: on the validation text, of the model as reloaded from
+    `file`. bytes: of `file` on disk. training_ratio: seconds of a training step over those of full precision.
+    tokens_per_second: greedy generation, one text at a time; generation_ratio: over full precision in the
+    same minute.
     """
 
     method: str
-    bits: int
+    precision: str
     p: float | None
     perplexity: float
     bytes: int
@@ -26,10 +44,7 @@ class Row:
     tokens_per_second: float
     generation_ratio: float
     file: str
-
-    @property
-    def precision(self) -> str:
-        return "fp32" if self.bits == 32 else f"int{self.bits}"
+    finetuning: Finetuning | None = None
 
 
 @dataclass
@@ -42,9 +57,10 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     note: str = ""
 
-    def sorted_rows(self, methods: tuple[str, ...]) -> list[Row]:
-        """Full precision first, then by falling precision, in the order of `methods`."""
-        return sorted(self.rows, key=lambda row: (-row.bits, methods.index(row.method)))
+    def sorted_rows(self) -> list[Row]:
+        """Full precision first, then by falling precision, in the order of METHODS."""
+        order = lambda row: (PRECISIONS.index(row.precision), METHODS.index(row.method))  # noqa: E731
+        return sorted(self.rows, key=order)
 
     @property
     def title(self) -> str:

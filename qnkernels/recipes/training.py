@@ -66,7 +66,14 @@ class Trainer:
     """
 
     def __init__(
-        self, model: LanguageModel, tokens: torch.Tensor, batch: int, steps: int, rate: float, seed: int
+        self,
+        model: LanguageModel,
+        tokens: torch.Tensor,
+        batch: int,
+        steps: int,
+        rate: float,
+        seed: int,
+        weight_decay: float = WEIGHT_DECAY,
     ) -> None:
         self.model, self.tokens, self.steps, self.rate = model, tokens, steps, rate
         self.step = 0
@@ -75,7 +82,7 @@ class Trainer:
         self.starts = torch.randint(0, len(tokens) - self.window + 1, (steps, batch), generator=generator)
         parameters = list(model.parameters())
         groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
         bf16 = precision(tokens.device) == "bf16"

@@ -68,4 +68,4 @@ def kmeans_step(
 
 def fixed_point(terms: torch.Tensor, exponent: int) -> torch.Tensor:
     """round(terms * 2^exponent), int64; half to even."""
-    return torch.round(torch.ldexp(terms.double(), torch.tensor(exponent))).long()
+    return torch.round(terms.double() * 2.0**exponent).long()

@@ -32,17 +32,25 @@ struct Sums {
 #if defined(__AVX512DQ__)
         const __m512d units = _mm512_set1_pd(unit);
         const __m256 factor = _mm256_set1_ps(weight);
-        for (int64_t j = 0; j < d; j += 8) {
-            const __mmask8 lanes = static_cast<__mmask8>(d - j < 8 ? (1u << (d - j)) - 1u : 255u);
-            const __m256 term = _mm256_mul_ps(_mm256_maskz_loadu_ps(lanes, x + j), factor);
-            const __m512i rounded = _mm512_cvtpd_epi64(_mm512_mul_pd(_mm512_cvtps_pd(term), units));
-            const __m512i sum = _mm512_add_epi64(_mm512_maskz_loadu_epi64(lanes, to + j), rounded);
-            _mm512_mask_storeu_epi64(to + j, lanes, sum);
+        int64_t j = 0;
+        for (; j + 8 <= d; j += 8) {
+            const __m512i term = rounded(_mm256_mul_ps(_mm256_loadu_ps(x + j), factor), units);
+            _mm512_storeu_si512(to + j, _mm512_add_epi64(_mm512_loadu_si512(to + j), term));
         }
+        if (j == d) return;
+        const __mmask8 lanes = static_cast<__mmask8>((1u << (d - j)) - 1u);
+        const __m512i term = rounded(_mm256_mul_ps(_mm256_maskz_loadu_ps(lanes, x + j), factor), units);
+        _mm512_mask_storeu_epi64(to + j, lanes, _mm512_add_epi64(_mm512_maskz_loadu_epi64(lanes, to + j), term));
 #else
         for (int64_t j = 0; j < d; ++j) to[j] += fixed_point(x[j] * weight, unit);
 #endif
     }
+
+#if defined(__AVX512DQ__)
+    static __m512i rounded(__m256 term, __m512d units) {
+        return _mm512_cvtpd_epi64(_mm512_mul_pd(_mm512_cvtps_pd(term), units));
+    }
+#endif
 
     void add_mass(int32_t code, const float* weight) const {
         mass[code] += weight ? fixed_point(*weight, weight_unit) : 1;
@@ -157,11 +165,19 @@ int kmeans_step(const float* points, const float* weights, int64_t n, int64_t d,
             memcpy(codes + first, tile_codes, sizeof(int32_t) * static_cast<size_t>(count));
             const Sums to{partials.sums(thread), partials.mass(thread), d, unit, weight_unit};
             int64_t total = 0;
-            for (int p = 0; p < count; ++p) {
-                const float* weight = weights ? weights + first + p : nullptr;
-                to.add(points + (first + p) * d, tile_codes[p], weight ? *weight : 1.0f);
-                to.add_mass(tile_codes[p], weight);
-                total += fixed_point(weight ? distances[p] * *weight : distances[p], objective_unit);
+            if (!weights) {
+                for (int p = 0; p < count; ++p) {
+                    to.add(points + (first + p) * d, tile_codes[p], 1.0f);
+                    ++to.mass[tile_codes[p]];
+                    total += fixed_point(distances[p], objective_unit);
+                }
+            } else {
+                for (int p = 0; p < count; ++p) {
+                    const float* weight = weights + first + p;
+                    to.add(points + (first + p) * d, tile_codes[p], *weight);
+                    to.add_mass(tile_codes[p], weight);
+                    total += fixed_point(distances[p] * *weight, objective_unit);
+                }
             }
             *partials.objective(thread) += total;
         });

@@ -18,7 +18,7 @@ from rich.table import Table
 from ..recipes import demo as recipe
 from ..recipes.methods import FP32, NAMES
 from ..recipes.results import Results, Row
-from .console import clear_errors, err, megabytes, out, print_json
+from .console import clear_errors, err, out, print_json
 
 
 def demo(
@@ -107,17 +107,21 @@ class Watch:
         if row.precision != FP32:
             name = f"{row.precision} {row.method}"
         untuned = f" ({row.finetuning.perplexity_without:.3f} without finetuning)" if row.finetuning else ""
-        self.said(f"    {name}: perplexity {row.perplexity:.3f}{untuned}, {megabytes(row.bytes)} MB")
+        self.said(f"    {name}: perplexity {row.perplexity:.3f}{untuned}, {_megabytes(row.bytes)} MB")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.3f}"
 
 
 def table(results: Results) -> Table:
-    """One row per model; the best of each precision in bold."""
-    tuned = any(row.finetuning for row in results.rows)
-    text = Table(title=results.title, box=box.SIMPLE_HEAD, title_justify="left")
+    """One row per model, in 80 columns; the best of each precision in bold."""
+    tuned = [row.finetuning for row in results.rows if row.finetuning]
+    text = Table(title=results.title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     text.add_column("", no_wrap=True)
     text.add_column("method", no_wrap=True)
-    extra = ("untuned", "tune step") if tuned else ()
-    for name in ("perplexity", *extra[:1], "MB", "train step", *extra[1:], "tokens/s", "to fp32"):
+    untuned = ["untuned"] if tuned else []
+    for name in ("perplexity", *untuned, "MB", "train\nstep", "tokens\nper s", "to\nfp32"):
         text.add_column(name, justify="right", no_wrap=True)
     best = {
         precision: min(r.perplexity for r in results.rows if r.precision == precision)
@@ -128,23 +132,23 @@ def table(results: Results) -> Table:
         if previous not in (None, row.precision):
             text.add_section()
         style = "bold" if row.perplexity == best[row.precision] and row.precision != FP32 else ""
-        finetuning = row.finetuning
-        untuned = f"{finetuning.perplexity_without:.3f}" if finetuning else ""
-        step = f"{finetuning.ratio:.2f}x" if finetuning else ""
+        untuned = f"{row.finetuning.perplexity_without:.3f}" if row.finetuning else ""
         text.add_row(
             row.precision if row.precision != previous else "",
             row.method,
             f"{row.perplexity:.3f}",
             *([untuned] if tuned else []),
-            megabytes(row.bytes),
+            _megabytes(row.bytes),
             f"{row.training_ratio:.2f}x",
-            *([step] if tuned else []),
             f"{row.tokens_per_second:.0f}",
             f"{row.generation_ratio:.2f}x",
             style=style,
         )
         previous = row.precision
     if tuned:
-        text.caption = "untuned: before finetuning; tune step: of finetuning, to a training step of fp32"
+        text.caption = (
+            f"untuned: without the {tuned[0].steps} steps of finetuning after each stage, "
+            f"each {tuned[0].ratio:.2f} training steps of fp32"
+        )
         text.caption_justify = "left"
     return text

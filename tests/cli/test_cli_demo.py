@@ -31,9 +31,33 @@ def text(tmp_path: Path) -> Path:
 def test_prints_a_table(text: Path, tmp_path: Path) -> None:
     result = runner.invoke(app, ["demo", "--preset=tiny", f"--data={text}", f"--out={tmp_path / 'out'}"])
     assert result.exit_code == 0, result.output
-    for word in ("fp32", "int8", "int4", "full precision", "after training", "QAT", "Quant-Noise"):
+    for word in ("fp32", "int8", "int4", "iPQ", "full precision", "after training", "QAT", "Quant-Noise"):
         assert word in result.stdout
-    assert "5/5 int8 QAT" in result.stderr and "2/2" in result.stderr
+    assert "untuned: without the 1 steps" in result.stdout and "…" not in result.stdout
+    assert "10/10 int8 QAT" in result.stderr and "2/2" in result.stderr
+    assert "2/10 finetuning iPQ after training" in result.stderr and "3/3" in result.stderr
+
+
+def test_methods_choose_rows(text: Path, tmp_path: Path) -> None:
+    arguments = [
+        "demo",
+        "--preset=tiny",
+        f"--data={text}",
+        f"--out={tmp_path / 'out'}",
+        "--methods=INT8, fp32",
+    ]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["fp32", "int8", "int8", "int8"]
+    for word in ("int4", "iPQ", "untuned"):
+        assert word not in result.stdout
+    assert "3/3 int8 QAT" in result.stderr
+
+
+def test_help_names_the_methods() -> None:
+    result = runner.invoke(app, ["demo", "--help"], env={"COLUMNS": "200"})
+    assert "fp32, int8, int4, ipq" in result.stdout
 
 
 def test_json_is_results_json(text: Path, tmp_path: Path) -> None:
@@ -42,7 +66,7 @@ def test_json_is_results_json(text: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert printed == json.loads((tmp_path / "results.json").read_text())
-    assert len(printed["rows"]) == 7 and printed["settings"]["steps"] == 3
+    assert len(printed["rows"]) == 10 and printed["settings"]["steps"] == 3
     assert printed["environment"]["torch"] and printed["text"]["validation_files"] == [str(text)]
 
 
@@ -50,12 +74,14 @@ def test_ctrl_c_prints_what_is_finished(text: Path, tmp_path: Path, monkeypatch:
     train_step, steps = demo.Trainer.train_step, iter(range(1000))
 
     def interrupted(self):
-        if next(steps) == 5 * 6 + 2 + 1:  # 5 trainings timed in 6 rounds, the first training, into the second
+        # 5 trainings timed in 6 rounds, the first training, into the second
+        if next(steps) == 5 * 6 + 2 + 1:
             raise KeyboardInterrupt
         return train_step(self)
 
     monkeypatch.setattr(demo.Trainer, "train_step", interrupted)
-    result = runner.invoke(app, ["demo", "--preset=tiny", f"--data={text}", f"--out={tmp_path}"])
+    arguments = ["demo", "--preset=tiny", f"--data={text}", f"--out={tmp_path}", "--methods=int4,int8"]
+    result = runner.invoke(app, arguments)
     assert result.exit_code == 130
     assert "full precision" in result.stdout and "Quant-Noise" not in result.stdout
     assert "stopped during the training 'int4 Quant-Noise': 3 of 7 models are finished" in " ".join(
@@ -68,6 +94,7 @@ def test_ctrl_c_prints_what_is_finished(text: Path, tmp_path: Path, monkeypatch:
     [
         (["--data=missing.txt"], "missing.txt: cannot be read (No such file or directory)"),
         (["--preset=huge"], "preset: expected one of tiny, small, base, got 'huge'"),
+        (["--methods=int8,int2"], "methods: expected some of fp32, int8, int4, ipq, got 'int2'"),
         (["--steps=0"], "steps: expected at least 1, got 0"),
         (["--device=nowhere"], "device: expected cpu or a GPU that is there, got 'nowhere'"),
     ],

@@ -10,20 +10,37 @@ import torch
 
 import qnkernels as qnk
 from qnkernels.recipes import demo
-from qnkernels.recipes.methods import TRAININGS, Variant
+from qnkernels.recipes.methods import (
+    BLOCK_SIZE,
+    CENTROIDS,
+    METHODS,
+    PRODUCT,
+    STAGES,
+    TRAININGS,
+    Variant,
+    chosen,
+    stages,
+)
 from qnkernels.recipes.results import Row
 from qnkernels.recipes.text import TextError
 from qnkernels.recipes.transformer import LanguageModel, Shape
 
 SHAPE = Shape(vocabulary=300, width=16, layers=1, heads=2, context=48)
 VARIANTS = [variant for _, variants in TRAININGS for variant in variants]
+PRODUCTS = [variant for variant in VARIANTS if variant.precision == PRODUCT]
+LABELS = [
+    label
+    for trained, variants in TRAININGS
+    for label in (trained.label, *(f"finetuning {v.label}" for v in variants if v in PRODUCTS))
+]
+BITS = {"fp32": 32, "int8": 8, "int4": 4}
 
 
 class Silent:
     """A listener that remembers, and stops the demo at the step asked for."""
 
-    def __init__(self, stop_at: tuple[int, int] | None = None) -> None:
-        self.stop_at = stop_at
+    def __init__(self, stop_at: tuple[int, int] | None = None, trainings: int = len(LABELS)) -> None:
+        self.stop_at, self.trainings = stop_at, trainings
         self.labels: list[str] = []
         self.losses: list[list[float]] = []
         self.rows: list[Row] = []
@@ -31,7 +48,8 @@ class Silent:
     def said(self, message: str) -> None: ...
 
     def started(self, label: str, number: int, trainings: int, steps: int) -> None:
-        assert (number, trainings, steps) == (len(self.labels) + 1, 5, 3)
+        # a step of finetuning after each of the three stages, or three of training
+        assert (number, trainings, steps) == (len(self.labels) + 1, self.trainings, 3)
         self.labels.append(label)
         self.losses.append([])
 
@@ -68,12 +86,12 @@ def settings(tmp_path: Path, text: Path) -> demo.Settings:
 def test_end_to_end(settings: demo.Settings) -> None:
     listener = Silent()
     results = demo.run(settings, listener)
-    assert listener.labels == [trained.label for trained, _ in TRAININGS]
+    assert listener.labels == LABELS and len(LABELS) == 10
     assert all(len(losses) == 3 for losses in listener.losses)
     assert results.note == ""
-    assert [(row.bits, row.method) for row in results.rows] == [
-        (32, "full precision"),
-        *((bits, method) for bits in (8, 4) for method in ("after training", "QAT", "Quant-Noise")),
+    assert [(row.precision, row.method) for row in results.rows] == [
+        ("fp32", "full precision"),
+        *((precision, method) for precision in ("int8", "int4", "iPQ") for method in METHODS[1:]),
     ]
     assert json.loads((settings.out / demo.RESULTS).read_text()) == json.loads(json.dumps(results.to_json()))
     assert (settings.out / demo.PICTURE).read_bytes().startswith(b"\x89PNG")
@@ -82,7 +100,8 @@ def test_end_to_end(settings: demo.Settings) -> None:
         assert (settings.out / row.file).stat().st_size == row.bytes
         assert 1 < row.perplexity < 300
         assert min(row.training_ratio, row.tokens_per_second, row.generation_ratio) > 0
-        assert row.bytes < parameters * row.bits / 8 + 25_000
+        assert row.bytes < parameters * BITS.get(row.precision, 4) / 8 + 25_000
+        assert (row.finetuning is not None) == (row.precision == "iPQ")
     everything = {path.name for path in settings.out.rglob("*") if path.is_file()}
     files = {variant.file_name for variant in VARIANTS}
     assert everything == files | {demo.RESULTS, demo.PICTURE, demo.TOKENIZER}
@@ -94,12 +113,46 @@ def test_checkpoints_reload_to_what_the_table_says(settings: demo.Settings) -> N
     logits = {}
     for row in results.rows:
         model = qnk.load_compressed(LanguageModel(SHAPE), settings.out / row.file).eval()
-        assert all(layer.bits == row.bits for layer in model.modules() if hasattr(layer, "weight_packed"))
-        logits[row.bits, row.method] = model(tokens).detach()
-    full = logits[32, "full precision"]
-    errors = {bits: (logits[bits, "after training"] - full).norm() / full.norm() for bits in (8, 4)}
-    assert 0 < errors[8] < 0.02 < errors[4] < 0.5
-    assert not torch.equal(logits[4, "QAT"], logits[4, "Quant-Noise"])
+        packed = [layer for layer in model.modules() if hasattr(layer, "weight_packed")]
+        products = [layer for layer in model.modules() if hasattr(layer, "codebook")]
+        assert all(layer.bits == BITS[row.precision] for layer in packed)
+        counts = {"fp32": (0, 0), "iPQ": (0, 6)}
+        assert (len(packed), len(products)) == counts.get(row.precision, (6, 0))
+        assert all(layer.block_size == BLOCK_SIZE for layer in products)
+        logits[row.precision, row.method] = model(tokens).detach()
+    full = logits["fp32", "full precision"]
+    errors = {name: (logits[name, "after training"] - full).norm() / full.norm() for name in ("int8", "int4")}
+    assert 0 < errors["int8"] < 0.02 < errors["int4"] < 0.5
+    for name in ("int4", "iPQ"):
+        assert not torch.equal(logits[name, "QAT"], logits[name, "Quant-Noise"])
+
+
+def test_product_quantization_is_told_in_full(settings: demo.Settings) -> None:
+    results = demo.run(replace(settings, methods=("ipq",)), Silent(trainings=6))
+    full, *rows = results.rows
+    assert full.finetuning is None and [row.method for row in rows] == list(METHODS[1:])
+    for row in rows:
+        finetuning = row.finetuning
+        assert [stage["pattern"] for stage in finetuning.stages] == list(STAGES)
+        sizes = [full.bytes, *(stage["bytes"] for stage in finetuning.stages)]
+        assert sizes == sorted(sizes, reverse=True) and 0 < row.bytes - sizes[-1] < 10_000
+        layers = [name for stage in finetuning.stages for name in stage["relative_errors"]]
+        assert layers == ["blocks.0.fc1", "blocks.0.fc2", "embedding", "head", *layers[4:]]
+        assert layers[4:] == ["blocks.0.attention.qkv", "blocks.0.attention.out"]
+        assert finetuning.steps == 1 and min(finetuning.seconds, finetuning.ratio) > 0
+        assert 1 < finetuning.perplexity_without < 300 and finetuning.perplexity_without != row.perplexity
+    assert results.settings["product_quantization"]["centroids"] == CENTROIDS
+
+
+def test_finetuning_at_rate_zero_changes_nothing(
+    settings: demo.Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The untuned perplexity is that of the same codes, with the centroids as k-means left them."""
+    preset = replace(demo.PRESETS["tiny"], finetuning_rate=0.0)
+    monkeypatch.setitem(demo.PRESETS, "tiny", preset)
+    results = demo.run(replace(settings, methods=("ipq",)), Silent(trainings=6))
+    for row in results.rows[1:]:
+        assert row.perplexity == row.finetuning.perplexity_without
 
 
 def test_a_changed_reload_is_noticed(settings: demo.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +176,18 @@ def test_a_seed_gives_the_same_numbers(settings: demo.Settings) -> None:
     assert all(a != b for a, b in zip(first.losses, other.losses, strict=True))
 
 
-@pytest.mark.parametrize(("stop_at", "finished"), [((2, 2), 3), ((5, 1), 6)])
+@pytest.mark.parametrize(
+    ("stop_at", "finished"),
+    [((2, 1), 3), ((2, 3), 3), ((3, 2), 4), ((5, 1), 6), ((6, 2), 6)],
+)
 def test_ctrl_c_keeps_what_is_finished(
     settings: demo.Settings, stop_at: tuple[int, int], finished: int
 ) -> None:
     results = demo.run(settings, Silent(stop_at))
-    label = TRAININGS[stop_at[0] - 1][0].label
-    assert results.note == f"stopped during the training {label!r}: {finished} of 7 models are finished"
+    label = LABELS[stop_at[0] - 1]
+    kind = "finetuning" if label.startswith("finetuning") else "training"
+    name = label.removeprefix("finetuning ")
+    assert results.note == f"stopped during the {kind} {name!r}: {finished} of 10 models are finished"
     written = json.loads((settings.out / demo.RESULTS).read_text())
     assert written["note"] == results.note and len(written["rows"]) == finished
     assert (settings.out / demo.PICTURE).exists()
@@ -138,7 +196,7 @@ def test_ctrl_c_keeps_what_is_finished(
 
 def test_ctrl_c_before_anything_is_finished_writes_no_results(settings: demo.Settings) -> None:
     results = demo.run(settings, Silent((1, 1)))
-    assert results.note == "stopped during the training 'full precision': 0 of 7 models are finished"
+    assert results.note == "stopped during the training 'full precision': 0 of 10 models are finished"
     assert not (settings.out / demo.RESULTS).exists() and not (settings.out / demo.PICTURE).exists()
 
 
@@ -147,6 +205,8 @@ def test_ctrl_c_before_anything_is_finished_writes_no_results(settings: demo.Set
     [
         ({"preset": "huge"}, "preset: expected one of tiny, small, base, got 'huge'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"methods": ("int8", "pq")}, "methods: expected some of fp32, int8, int4, ipq, got 'pq'"),
+        ({"methods": ()}, "methods: expected some of fp32, int8, int4, ipq, got none"),
         ({"seed": -1}, r"seed: expected an integer in \[0, 2\^63\), got -1"),
         ({"device": "tpu9"}, "device: expected cpu or a GPU that is there, got 'tpu9'"),
         ({"device": "cuda:77"}, "device: expected cpu or a GPU that is there, got 'cuda:77'"),
@@ -173,8 +233,41 @@ def test_out_that_cannot_be_written(settings: demo.Settings, text: Path) -> None
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
 def test_variants_say_how_they_are_trained_and_stored(variant: Variant) -> None:
     noise, export = variant.noise(), variant.export()
-    assert (export is None) == (variant.bits == 32)
-    if noise is not None:
-        assert noise.bits == variant.bits == export.BITS
+    assert (export is None) == (variant.precision in ("fp32", "iPQ"))
+    assert (noise is None) == (variant.method in ("full precision", "after training"))
+    if noise is None:
+        return
+    if variant.precision == PRODUCT:
+        assert noise.p == 1.0 if variant.method == "QAT" else 0.05 <= noise.p <= 0.2
+        assert noise.block_size == BLOCK_SIZE and noise.n_centroids in (CENTROIDS, 256)
+        assert noise.kind == {"QAT": "centroid", "Quant-Noise": "zero"}[variant.method]
+    else:
+        assert noise.bits == BITS[variant.precision] == export.BITS
         assert noise.p == {"QAT": 1.0, "Quant-Noise": 0.5}[variant.method]
         assert noise.per == export.per
+
+
+@pytest.mark.parametrize(
+    ("names", "precisions", "trainings"),
+    [
+        (("fp32",), ["fp32"], 1),
+        (("int8",), ["fp32", "int8", "int8", "int8"], 3),
+        (("ipq", "fp32"), ["fp32", "iPQ", "iPQ", "iPQ"], 3),
+        (("fp32", "int8", "int4", "ipq"), [variant.precision for variant in VARIANTS], 7),
+    ],
+)
+def test_methods_choose_rows(names: tuple[str, ...], precisions: list[str], trainings: int) -> None:
+    plan = chosen(names)
+    assert [variant.precision for _, variants in plan for variant in variants] == precisions
+    assert len(plan) == trainings and plan[0][0].precision == "fp32"
+
+
+def test_stages_take_every_weight_matrix() -> None:
+    model = LanguageModel(Shape(vocabulary=768, width=64, layers=2, heads=2, context=8))
+    layers = [layer for stage in stages(model, seed=0) for layer in stage.layers]
+    assert len(layers) == 2 + 4 * 2
+    assert all(parameter.dim() == 1 or "codebook" in name for name, parameter in model.named_parameters())
+    for layer in layers:
+        blocks = layer.shape[0] * layer.shape[1] // BLOCK_SIZE
+        assert layer.n_centroids == CENTROIDS <= blocks / 8
+    assert model.head.codes is model.embedding.codes and model.head.codebook is model.embedding.codebook

@@ -75,6 +75,11 @@ QNK_API int qnk_cpu_block_noise(const void* weight, int weight_dtype, void* out,
                                 int64_t n_blocks, int64_t block_size, int kind, float factor,
                                 int32_t threshold, const int64_t* seed);
 
+// The same with the nearest of codebook [k, block_size] in place of each noised block. block_size up to 64.
+QNK_API int qnk_cpu_block_noise_centroid(const void* weight, int weight_dtype, void* out, int out_dtype,
+                                         int64_t n_blocks, int64_t block_size, const float* codebook, int64_t k,
+                                         int32_t threshold, const int64_t* seed);
+
 // y [m, n] <- x [m, k] @ ((q - z) * s)^T + bias [n]. weight: packed codes [n, k * bits / 8], low bits first;
 // scale, zero_point [n, groups]; zero_point may be null (z = 2^(bits - 1)), bias may be null.
 QNK_API int qnk_cpu_int_linear(const void* x, int dtype, const uint8_t* weight, const float* scale,
@@ -113,10 +118,10 @@ QNK_API int qnk_cpu_kmeans_step(const float* points, const float* weights, int64
 QNK_API int qnk_cpu_pq_linear(const void* x, int dtype, const void* codes, int code_bytes, const float* codebook,
                               const float* bias, void* y, int64_t m, int64_t n, int64_t blocks, int64_t k, int64_t d);
 
-// grad_x [m, blocks * d], in the dtype of x, and grad_codebook [k, d], the sum over the blocks of each codeword, of the
-// same layer; either may be null.
+// grad_x [m, blocks * d], in the dtype of x, and grad_codebook [k, d], the sum (or mean) over the blocks of each codeword,
+// of the same layer; either may be null.
 QNK_API int qnk_cpu_pq_linear_backward(const void* grad, const void* x, int dtype, const void* codes, int code_bytes,
-                                       const float* codebook, void* grad_x, float* grad_codebook, int64_t m, int64_t n,
+                                       const float* codebook, int mean, void* grad_x, float* grad_codebook, int64_t m, int64_t n,
                                        int64_t blocks, int64_t k, int64_t d);
 
 // out [count, blocks * d] <- decoded rows indices [count], or all in order (null), of codes with the given strides.

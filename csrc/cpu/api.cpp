@@ -91,6 +91,13 @@ int qnk_cpu_block_noise(const void* weight, int weight_dtype, void* out, int out
                                threshold, seed);
 }
 
+int qnk_cpu_block_noise_centroid(const void* weight, int weight_dtype, void* out, int out_dtype, int64_t n_blocks,
+                                 int64_t block_size, const float* codebook, int64_t k, int32_t threshold,
+                                 const int64_t* seed) {
+    return table().block_noise_centroid(weight, weight_dtype, out, out_dtype, n_blocks, block_size, codebook, k,
+                                        threshold, seed);
+}
+
 int qnk_cpu_int_linear(const void* x, int dtype, const uint8_t* weight, const float* scale,
                        const uint8_t* zero_point, const float* bias, void* y, int64_t m, int64_t n, int64_t k,
                        int64_t groups, int bits) {
@@ -133,10 +140,10 @@ int qnk_cpu_pq_linear(const void* x, int dtype, const void* codes, int code_byte
 }
 
 int qnk_cpu_pq_linear_backward(const void* grad, const void* x, int dtype, const void* codes, int code_bytes,
-                               const float* codebook, void* grad_x, float* grad_codebook, int64_t m, int64_t n,
+                               const float* codebook, int mean, void* grad_x, float* grad_codebook, int64_t m, int64_t n,
                                int64_t blocks, int64_t k, int64_t d) {
-    return table().pq_linear_backward(grad, x, dtype, codes, code_bytes, codebook, grad_x, grad_codebook, m, n, blocks,
-                                      k, d);
+    return table().pq_linear_backward(grad, x, dtype, codes, code_bytes, codebook, mean, grad_x, grad_codebook, m, n,
+                                      blocks, k, d);
 }
 
 int qnk_cpu_pq_embedding(const int64_t* indices, int64_t count, const void* codes, int code_bytes, int64_t row_stride,

@@ -10,6 +10,7 @@
     X(fake_quantize)                                                                                   \
     X(fake_quantize_backward)                                                                          \
     X(block_noise)                                                                                     \
+    X(block_noise_centroid)                                                                            \
     X(int_linear)                                                                                      \
     X(int_linear_backward)                                                                             \
     X(int_embedding)                                                                                   \

@@ -16,10 +16,10 @@ inline namespace QNK_ISA {
 
 class Gradients {
   public:
-    Gradients(const ProductQuantized& w, bool needs_x, bool needs_codebook)
-        : w_(w), needs_x_(needs_x), needs_codebook_(needs_codebook), padded_((w.d + 7) / 8 * 8) {}
+    Gradients(const ProductQuantized& w, bool needs_x, bool needs_codebook, bool mean)
+        : w_(w), needs_x_(needs_x), needs_codebook_(needs_codebook), mean_(mean), padded_((w.d + 7) / 8 * 8) {}
 
-    // grad [m, n], x [m, columns] -> grad_x [m, columns], grad_codebook [k, d] (a sum); null where not needed.
+    // grad [m, n], x [m, columns] -> grad_x [m, columns], grad_codebook [k, d]; null where not needed.
     template <typename T>
     int compute(const T* grad, const T* x, T* grad_x, float* grad_codebook, int64_t m) const {
         const int64_t columns = w_.columns(), rows = by_codeword() ? w_.k : 0;
@@ -29,7 +29,8 @@ class Gradients {
         const Buffer<float> sums(threads * rows * kLanes), x_out(needs_x_ ? columns * kLanes : 0);
         const int64_t partial = needs_codebook_ ? w_.k * padded_ : 0;
         const Buffer<float> partials(chunks * partial);
-        if (!grads || !tokens || !sums || !x_out || !partials) return QNK_NO_MEMORY;
+        const Buffer<int64_t> counts(chunks * (mean_ ? w_.k : 0));
+        if (!grads || !tokens || !sums || !x_out || !partials || !counts) return QNK_NO_MEMORY;
         for (int64_t i = 0; i < chunks * partial; ++i) partials.get()[i] = 0.0f;
         for (int64_t first = 0; first < m; first += kLanes) {
             const int64_t count = m - first < kLanes ? m - first : kLanes;
@@ -56,12 +57,17 @@ class Gradients {
             });
         }
         if (!needs_codebook_) return QNK_OK;
-        for (int64_t c = 0; c < w_.k; ++c)
+        if (mean_) count_codes(chunks, counts.get());
+        for (int64_t c = 0; c < w_.k; ++c) {
+            int64_t blocks = 0;
+            for (int64_t chunk = 0; mean_ && chunk < chunks; ++chunk) blocks += counts.get()[chunk * w_.k + c];
+            const double divisor = blocks > 0 ? static_cast<double>(blocks) : 1.0;
             for (int j = 0; j < w_.d; ++j) {
                 double total = 0.0;
                 for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partials.get()[chunk * partial + c * padded_ + j];
-                grad_codebook[c * w_.d + j] = static_cast<float>(total);
+                grad_codebook[c * w_.d + j] = static_cast<float>(total / divisor);
             }
+        }
         return QNK_OK;
     }
 
@@ -69,6 +75,21 @@ class Gradients {
     static constexpr int64_t kChunks = 16;
 
     bool by_codeword() const { return w_.k <= w_.n; }
+
+    // counts [chunks][k] <- blocks of each codeword
+    void count_codes(int64_t chunks, int64_t* counts) const {
+        by_code(w_, [&](auto* type) {
+            using Code = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+            parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin * w_.k; i < end * w_.k; ++i) counts[i] = 0;
+                for (int64_t chunk = begin; chunk < end; ++chunk) {
+                    const Code* codes = w_.block<Code>(w_.blocks * chunk / chunks);
+                    const int64_t number = (w_.blocks * (chunk + 1) / chunks - w_.blocks * chunk / chunks) * w_.n;
+                    for (int64_t i = 0; i < number; ++i) ++counts[chunk * w_.k + codes[i]];
+                }
+            });
+        });
+    }
 
     // tokens [lanes][padded d] <- one block of x, zeros past its end
     template <typename T>
@@ -152,7 +173,7 @@ class Gradients {
     }
 
     const ProductQuantized& w_;
-    bool needs_x_, needs_codebook_;
+    bool needs_x_, needs_codebook_, mean_;
     int padded_;
 };
 

@@ -62,7 +62,7 @@ class TileProduct {
     static constexpr int64_t kOutputs = 256;  // whose sums are kept at once
     static constexpr int64_t kSteps = 8;      // of 32 columns, decoded at once
 
-    // codebook [k][high d, low d] bf16
+    // codebook [k][high d, low d] bf16. With tokens in bf16 the high parts do, as if the weight were bf16, too.
     void split_codebook(uint16_t* codebook) {
         w_low_ = false;
         for (int64_t c = 0; c < w_.k; ++c)
@@ -72,7 +72,7 @@ class TileProduct {
                 const bf16 low = from_float<bf16>(value - to_float(high));
                 codebook[c * 2 * w_.d + j] = high.bits;
                 codebook[c * 2 * w_.d + w_.d + j] = low.bits;
-                if (low.bits & 0x7fff) w_low_ = true;
+                if (x_low_ && (low.bits & 0x7fff)) w_low_ = true;
             }
     }
 

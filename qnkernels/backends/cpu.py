@@ -21,7 +21,8 @@ def load() -> dict[str, Callable]:
     if wanted not in ISAS:
         raise BackendUnavailable(f"QNKERNELS_ISA: expected one of {', '.join(ISAS)}, got {wanted!r}")
     kernels = CpuKernels(declare(open_library("cpu"), "cpu", CPU_ARGTYPES))
-    names = [*CPU_ARGTYPES, "pq_decode", "pq_decode_backward", "pq_embedding_backward", "update_range_"]
+    names = [name for name in CPU_ARGTYPES if name != "block_noise_centroid"]  # a part of block_noise
+    names += ["pq_decode", "pq_decode_backward", "pq_embedding_backward", "update_range_"]
     return {name: getattr(kernels, name) for name in names}
 
 
@@ -102,8 +103,16 @@ class CpuKernels:
         raise_for_status(status)
         return grad_x
 
-    def block_noise(self, weight, block_size, p, seed, kind, rescale, dtype=None):
+    def block_noise(self, weight, block_size, p, seed, kind, rescale, dtype=None, codebook=None):
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype)
+        if codebook is not None:
+            status = self._c["block_noise_centroid"](
+                *(weight.data_ptr(), DTYPES[weight.dtype], out.data_ptr(), DTYPES[out.dtype]),
+                *(weight.numel() // block_size, block_size, codebook.data_ptr(), len(codebook)),
+                *(threshold(p), seed.data_ptr()),
+            )
+            raise_for_status(status)
+            return out
         factor = 1 / (1 - p) if kind == "zero" and rescale and p < 1 else 1.0
         status = self._c["block_noise"](
             *(weight.data_ptr(), DTYPES[weight.dtype], out.data_ptr(), DTYPES[out.dtype]),
@@ -195,11 +204,9 @@ class CpuKernels:
         grad_codebook = torch.empty(k, d) if needs_codebook else None
         status = self._c["pq_linear_backward"](
             *(grad.data_ptr(), x.data_ptr(), DTYPES[x.dtype], by_block.data_ptr(), codes.element_size()),
-            *(codewords.data_ptr(), _pointer(grad_x), _pointer(grad_codebook), m, n, blocks, k, d),
+            *(codewords.data_ptr(), mean, _pointer(grad_x), _pointer(grad_codebook), m, n, blocks, k, d),
         )
         raise_for_status(status)
-        if needs_codebook and mean:
-            grad_codebook /= reference_pq.block_counts(codes, k)
         return (grad_x if needs_x else x.new_empty(0)), (grad_codebook if needs_codebook else torch.empty(0))
 
     def pq_embedding(self, indices, codes, codebook):

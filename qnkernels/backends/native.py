@@ -38,6 +38,7 @@ CPU_ARGTYPES = {
         *(ctypes.c_int32, POINTER),
     ],
     "block_noise": [POINTER, INT, POINTER, INT, SIZE, SIZE, INT, FLOAT, ctypes.c_int32, POINTER],
+    "block_noise_centroid": [*(POINTER, INT, POINTER, INT, SIZE, SIZE), POINTER, SIZE, ctypes.c_int32, POINTER],
     "int_linear": [*(POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER), SIZE, SIZE, SIZE, SIZE, INT],
     "int_linear_backward": [*(POINTER, INT, POINTER, POINTER, POINTER, POINTER), SIZE, SIZE, SIZE, SIZE, INT],
     "int_embedding": [POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, INT, SIZE, SIZE, SIZE, INT],
@@ -46,7 +47,7 @@ CPU_ARGTYPES = {
     "kmeans_step": [POINTER, POINTER, SIZE, SIZE, POINTER, SIZE, INT, INT, INT, *[POINTER] * 4],
     "pq_linear": [POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, SIZE],
     "pq_linear_backward": [
-        *(POINTER, POINTER, INT, POINTER, INT, POINTER),
+        *(POINTER, POINTER, INT, POINTER, INT, POINTER, INT),
         *(POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, SIZE),
     ],
     "pq_embedding": [

@@ -13,11 +13,6 @@ from qnkernels import functional, kmeans
 from qnkernels.nn import BlockNoise, NoisyConv2d, NoisyEmbedding, NoisyLinear, PQLinear
 
 
-@pytest.fixture(autouse=True)
-def reference():
-    """State and schedule are tested here, kernels with the ops."""
-    with qnk.backend("reference"):
-        yield
 
 
 def make_noise(weight: torch.Tensor, **options) -> BlockNoise:

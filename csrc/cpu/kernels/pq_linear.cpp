@@ -51,13 +51,13 @@ int pq_linear(const void* x, int dtype, const void* codes, int code_bytes, const
 }
 
 int pq_linear_backward(const void* grad, const void* x, int dtype, const void* codes, int code_bytes,
-                       const float* codebook, void* grad_x, float* grad_codebook, int64_t m, int64_t n, int64_t blocks,
+                       const float* codebook, int mean, void* grad_x, float* grad_codebook, int64_t m, int64_t n, int64_t blocks,
                        int64_t k, int64_t d) {
     const ProductQuantized w{codes, code_bytes, codebook, n, blocks, k, static_cast<int>(d)};
     if (!w.valid()) return QNK_BAD_DTYPE;
     return by_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return Gradients(w, grad_x != nullptr, grad_codebook != nullptr)
+        return Gradients(w, grad_x != nullptr, grad_codebook != nullptr, mean != 0)
             .compute(static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<T*>(grad_x), grad_codebook, m);
     });
 }

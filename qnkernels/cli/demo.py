@@ -116,12 +116,12 @@ def _megabytes(size: int) -> str:
 
 def table(results: Results) -> Table:
     """One row per model, in 80 columns; the best of each precision in bold."""
-    tuned = [row.finetuning for row in results.rows if row.finetuning]
+    tuned = {row.precision: row.finetuning for row in results.rows if row.finetuning}
     text = Table(title=results.title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     text.add_column("", no_wrap=True)
     text.add_column("method", no_wrap=True)
     untuned = ["untuned"] if tuned else []
-    for name in ("perplexity", *untuned, "MB", "train\nstep", "tokens\nper s", "to\nfp32"):
+    for name in ("perp-\nlexity", *untuned, "MB", "train\nstep", "tokens\nper s", "to\nfp32"):
         text.add_column(name, justify="right", no_wrap=True)
     best = {
         precision: min(r.perplexity for r in results.rows if r.precision == precision)
@@ -146,9 +146,11 @@ def table(results: Results) -> Table:
         )
         previous = row.precision
     if tuned:
+        steps = " and ".join(f"{each.ratio:.2f} ({name})" for name, each in tuned.items())
+        (count,) = {each.steps for each in tuned.values()}
         text.caption = (
-            f"untuned: without the {tuned[0].steps} steps of finetuning after each stage, "
-            f"each {tuned[0].ratio:.2f} training steps of fp32"
+            f"untuned: without finetuning, {count} steps after each stage. "
+            f"A step takes {steps} training steps of fp32."
         )
         text.caption_justify = "left"
     return text

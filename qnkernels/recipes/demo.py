@@ -15,7 +15,7 @@ from ..backends import serving
 from ..checkpoint import load_compressed, save_compressed
 from ..quantize import quantize_, remove_noise_
 from .files import make_folder, write_text
-from .methods import BLOCK_SIZE, CENTROIDS, FULL, NAMES, PRODUCT, STAGES, Variant, chosen, stages
+from .methods import BLOCK_SIZE, CENTROIDS, FULL, NAMES, PRODUCTS, STAGES, Variant, chosen, stages
 from .plot import draw
 from .results import Finetuning, Results, Row
 from .text import Text, TextError, load, standard_library
@@ -24,7 +24,6 @@ from .training import Trainer, interleaved_seconds, keep_freed_memory, perplexit
 from .transformer import LanguageModel, Shape, generate
 
 TIMING_SECONDS = 8.0  # for the training steps of all methods together, where a step is short
-FINETUNING = "finetuning"
 FINETUNING_SEED = 1 << 40  # finetuning sees other windows of the text than training
 PROMPT, GENERATED, GENERATING_SECONDS = 16, 32, 1.5  # tokens, tokens, for each compressed model
 CHECKPOINTS, PICTURE, RESULTS, TOKENIZER = "checkpoints", "perplexity.png", "results.json", "tokenizer.json"
@@ -159,14 +158,16 @@ class _Demo:
         return tokens.to(self.device)
 
     def seconds_per_step(self) -> dict[str, float]:
-        """Median seconds of a step of each training, by label, and of finetuning, all in turns."""
+        """Median seconds of a step of each training, by label, and of each finetuning, by precision, all in
+        turns.
+        """
         jobs: dict[str, Callable[[], object]] = {}
         for trained, _ in self.plan:
             jobs[trained.label] = self._trainer(trained).train_step
-        if any(variant.precision == PRODUCT for _, variants in self.plan for variant in variants):
+        for variant in {variant.precision: variant for variant in self._products()}.values():
             model = LanguageModel(self.preset.shape).to(self.device)
-            *_, last = stages(model, self.settings.seed)
-            jobs[FINETUNING] = self._finetuner(model, last.number).train_step
+            *_, last = stages(model, variant.precision, self.settings.seed)
+            jobs[variant.precision] = self._finetuner(model, last.number).train_step
         return interleaved_seconds(jobs, TIMING_SECONDS, self.device)
 
     def train(self, variant: Variant) -> LanguageModel:
@@ -182,7 +183,7 @@ class _Demo:
         step: seconds of a training step; steps: those of `seconds_per_step`.
         """
         exported, finetuning = copy.deepcopy(model), None
-        if variant.precision == PRODUCT:
+        if variant.precision in PRODUCTS:
             finetuning = self._product_quantize(exported, variant, steps)
         elif (config := variant.export()) is not None:
             quantize_(exported, config)
@@ -222,9 +223,10 @@ class _Demo:
         codebooks, norms, and the weights of later stages.
         """
         untuned = copy.deepcopy(model)
-        for _ in stages(untuned, self.settings.seed):
+        for _ in stages(untuned, variant.precision, self.settings.seed):
             pass
-        steps, report, loop = self.finetuning_steps, self.listener.stepped, stages(model, self.settings.seed)
+        loop = stages(model, variant.precision, self.settings.seed)
+        steps, report = self.finetuning_steps, self.listener.stepped
         self._start("finetuning", variant.label, steps * len(loop))
         done = []
         for stage in loop:
@@ -234,16 +236,18 @@ class _Demo:
             errors = {layer.name: layer.error for layer in stage.layers}
             done.append({"pattern": stage.pattern, "bytes": stage.size, "relative_errors": errors})
         model.eval()
-        second = seconds[FINETUNING]
+        second = seconds[variant.precision]
         return Finetuning(done, steps, second, second / seconds[FULL.label], self._perplexity(untuned))
+
+    def _products(self) -> list[Variant]:
+        return [v for _, variants in self.plan for v in variants if v.precision in PRODUCTS]
 
     def _start(self, kind: str, label: str, steps: int) -> None:
         """Tell that a training or finetuning begins."""
-        products = [v for _, variants in self.plan for v in variants if v.precision == PRODUCT]
         self.started += 1
         self.stage = f"during the {kind} {label!r}"
         name = label if kind == "training" else f"{kind} {label}"
-        self.listener.started(name, self.started, len(self.plan) + len(products), steps)
+        self.listener.started(name, self.started, len(self.plan) + len(self._products()), steps)
 
     def _perplexity(self, model: LanguageModel) -> float:
         return perplexity(model, self.validation_tokens, self.preset.validation, self.preset.batch)

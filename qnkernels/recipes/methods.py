@@ -21,7 +21,8 @@ METHODS = FULL_PRECISION, AFTER_TRAINING, QAT, QUANT_NOISE = (
     "QAT",
     "Quant-Noise",
 )
-PRECISIONS = FP32, INT8, INT4, PRODUCT = ("fp32", "int8", "int4", "iPQ")
+PRECISIONS = FP32, INT8, INT4, PRODUCT, PRODUCT_INT8 = ("fp32", "int8", "int4", "iPQ", "iPQ+int8")
+PRODUCTS = (PRODUCT, PRODUCT_INT8)  # the second with codewords and activations in int8
 NAMES = tuple(name.lower() for name in PRECISIONS)  # as --methods takes them
 UPDATE_EVERY = 10  # training forwards between two looks at a weight's range
 
@@ -55,7 +56,7 @@ class Variant:
         """
         if self.p is None:
             return None
-        if self.precision != PRODUCT:
+        if self.precision not in PRODUCTS:
             bits = {INT8: 8, INT4: 4}[self.precision]
             return ScalarNoiseConfig(bits=bits, p=self.p, per="tensor", update_every=UPDATE_EVERY)
         if self.method == QUANT_NOISE:
@@ -65,15 +66,15 @@ class Variant:
 
     def export(self) -> Int8WeightOnlyConfig | Int4WeightOnlyConfig | None:
         """What the layers are stored as; None for full precision and for those that go through `stages`."""
-        if self.precision in (FP32, PRODUCT):
+        if self.precision in (FP32, *PRODUCTS):
             return None
         config = {INT8: Int8WeightOnlyConfig, INT4: Int4WeightOnlyConfig}[self.precision]
         return config(per="tensor", group_size=None)
 
 
-def stages(model: nn.Module, seed: int) -> IPQ:
-    """The loop that product-quantizes a plain model of the demo."""
-    return IPQ(model, STAGES, BLOCK_SIZE, CENTROIDS, seed=seed)
+def stages(model: nn.Module, precision: str, seed: int) -> IPQ:
+    """The loop that product-quantizes a plain model of the demo; precision: of PRODUCTS."""
+    return IPQ(model, STAGES, BLOCK_SIZE, CENTROIDS, seed=seed, int8=precision == PRODUCT_INT8)
 
 
 FULL = Variant(FULL_PRECISION, FP32)
@@ -84,11 +85,13 @@ Training = tuple[Variant, tuple[Variant, ...]]
 # The most telling come first, for those who do not wait for all.
 TRAININGS: tuple[Training, ...] = (
     (FULL, (FULL, *(Variant(AFTER_TRAINING, precision) for precision in (INT8, INT4, PRODUCT)))),
-    *(
-        (variant, (variant,))
-        for precision, p in ((INT4, 0.5), (PRODUCT, PROXY_RATE), (INT8, 0.5))
-        for variant in (Variant(QUANT_NOISE, precision, p), Variant(QAT, precision, 1.0))
+    *((variant, (variant,)) for variant in (Variant(QUANT_NOISE, INT4, 0.5), Variant(QAT, INT4, 1.0))),
+    (
+        Variant(QUANT_NOISE, PRODUCT, PROXY_RATE),
+        tuple(Variant(QUANT_NOISE, precision, PROXY_RATE) for precision in PRODUCTS),
     ),
+    (Variant(QAT, PRODUCT, 1.0), (Variant(QAT, PRODUCT, 1.0),)),
+    *((variant, (variant,)) for variant in (Variant(QUANT_NOISE, INT8, 0.5), Variant(QAT, INT8, 1.0))),
 )
 
 

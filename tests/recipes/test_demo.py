@@ -14,7 +14,7 @@ from qnkernels.recipes.methods import (
     BLOCK_SIZE,
     CENTROIDS,
     METHODS,
-    PRODUCT,
+    PRODUCTS,
     STAGES,
     TRAININGS,
     Variant,
@@ -27,11 +27,10 @@ from qnkernels.recipes.transformer import LanguageModel, Shape
 
 SHAPE = Shape(vocabulary=300, width=16, layers=1, heads=2, context=48)
 VARIANTS = [variant for _, variants in TRAININGS for variant in variants]
-PRODUCTS = [variant for variant in VARIANTS if variant.precision == PRODUCT]
 LABELS = [
     label
     for trained, variants in TRAININGS
-    for label in (trained.label, *(f"finetuning {v.label}" for v in variants if v in PRODUCTS))
+    for label in (trained.label, *(f"finetuning {v.label}" for v in variants if v.precision in PRODUCTS))
 ]
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
 
@@ -86,12 +85,13 @@ def settings(tmp_path: Path, text: Path) -> demo.Settings:
 def test_end_to_end(settings: demo.Settings) -> None:
     listener = Silent()
     results = demo.run(settings, listener)
-    assert listener.labels == LABELS and len(LABELS) == 10
+    assert listener.labels == LABELS and len(LABELS) == 11
     assert all(len(losses) == 3 for losses in listener.losses)
     assert results.note == ""
     assert [(row.precision, row.method) for row in results.rows] == [
         ("fp32", "full precision"),
         *((precision, method) for precision in ("int8", "int4", "iPQ") for method in METHODS[1:]),
+        ("iPQ+int8", "Quant-Noise"),
     ]
     assert json.loads((settings.out / demo.RESULTS).read_text()) == json.loads(json.dumps(results.to_json()))
     assert (settings.out / demo.PICTURE).read_bytes().startswith(b"\x89PNG")
@@ -101,7 +101,7 @@ def test_end_to_end(settings: demo.Settings) -> None:
         assert 1 < row.perplexity < 300
         assert min(row.training_ratio, row.tokens_per_second, row.generation_ratio) > 0
         assert row.bytes < parameters * BITS.get(row.precision, 4) / 8 + 25_000
-        assert (row.finetuning is not None) == (row.precision == "iPQ")
+        assert (row.finetuning is not None) == (row.precision in PRODUCTS)
     everything = {path.name for path in settings.out.rglob("*") if path.is_file()}
     files = {variant.file_name for variant in VARIANTS}
     assert everything == files | {demo.RESULTS, demo.PICTURE, demo.TOKENIZER}
@@ -116,9 +116,10 @@ def test_checkpoints_reload_to_what_the_table_says(settings: demo.Settings) -> N
         packed = [layer for layer in model.modules() if hasattr(layer, "weight_packed")]
         products = [layer for layer in model.modules() if hasattr(layer, "codebook")]
         assert all(layer.bits == BITS[row.precision] for layer in packed)
-        counts = {"fp32": (0, 0), "iPQ": (0, 6)}
+        counts = {"fp32": (0, 0), "iPQ": (0, 6), "iPQ+int8": (0, 6)}
         assert (len(packed), len(products)) == counts.get(row.precision, (6, 0))
         assert all(layer.block_size == BLOCK_SIZE for layer in products)
+        assert all(layer.activations == (row.precision == "iPQ+int8") for layer in products)
         logits[row.precision, row.method] = model(tokens).detach()
     full = logits["fp32", "full precision"]
     errors = {name: (logits[name, "after training"] - full).norm() / full.norm() for name in ("int8", "int4")}
@@ -178,7 +179,7 @@ def test_a_seed_gives_the_same_numbers(settings: demo.Settings) -> None:
 
 @pytest.mark.parametrize(
     ("stop_at", "finished"),
-    [((2, 1), 3), ((2, 3), 3), ((3, 2), 4), ((5, 1), 6), ((6, 2), 6)],
+    [((2, 1), 3), ((2, 3), 3), ((3, 2), 4), ((6, 1), 6), ((7, 2), 7)],
 )
 def test_ctrl_c_keeps_what_is_finished(
     settings: demo.Settings, stop_at: tuple[int, int], finished: int
@@ -187,7 +188,7 @@ def test_ctrl_c_keeps_what_is_finished(
     label = LABELS[stop_at[0] - 1]
     kind = "finetuning" if label.startswith("finetuning") else "training"
     name = label.removeprefix("finetuning ")
-    assert results.note == f"stopped during the {kind} {name!r}: {finished} of 10 models are finished"
+    assert results.note == f"stopped during the {kind} {name!r}: {finished} of 11 models are finished"
     written = json.loads((settings.out / demo.RESULTS).read_text())
     assert written["note"] == results.note and len(written["rows"]) == finished
     assert (settings.out / demo.PICTURE).exists()
@@ -196,7 +197,7 @@ def test_ctrl_c_keeps_what_is_finished(
 
 def test_ctrl_c_before_anything_is_finished_writes_no_results(settings: demo.Settings) -> None:
     results = demo.run(settings, Silent((1, 1)))
-    assert results.note == "stopped during the training 'full precision': 0 of 10 models are finished"
+    assert results.note == "stopped during the training 'full precision': 0 of 11 models are finished"
     assert not (settings.out / demo.RESULTS).exists() and not (settings.out / demo.PICTURE).exists()
 
 
@@ -205,8 +206,11 @@ def test_ctrl_c_before_anything_is_finished_writes_no_results(settings: demo.Set
     [
         ({"preset": "huge"}, "preset: expected one of tiny, small, base, got 'huge'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
-        ({"methods": ("int8", "pq")}, "methods: expected some of fp32, int8, int4, ipq, got 'pq'"),
-        ({"methods": ()}, "methods: expected some of fp32, int8, int4, ipq, got none"),
+        (
+            {"methods": ("int8", "pq")},
+            r"methods: expected some of fp32, int8, int4, ipq, ipq\+int8, got 'pq'",
+        ),
+        ({"methods": ()}, r"methods: expected some of fp32, int8, int4, ipq, ipq\+int8, got none"),
         ({"seed": -1}, r"seed: expected an integer in \[0, 2\^63\), got -1"),
         ({"device": "tpu9"}, "device: expected cpu or a GPU that is there, got 'tpu9'"),
         ({"device": "cuda:77"}, "device: expected cpu or a GPU that is there, got 'cuda:77'"),
@@ -233,11 +237,11 @@ def test_out_that_cannot_be_written(settings: demo.Settings, text: Path) -> None
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
 def test_variants_say_how_they_are_trained_and_stored(variant: Variant) -> None:
     noise, export = variant.noise(), variant.export()
-    assert (export is None) == (variant.precision in ("fp32", "iPQ"))
+    assert (export is None) == (variant.precision in ("fp32", *PRODUCTS))
     assert (noise is None) == (variant.method in ("full precision", "after training"))
     if noise is None:
         return
-    if variant.precision == PRODUCT:
+    if variant.precision in PRODUCTS:
         assert noise.p == 1.0 if variant.method == "QAT" else 0.05 <= noise.p <= 0.2
         assert noise.block_size == BLOCK_SIZE and noise.n_centroids in (CENTROIDS, 256)
         assert noise.kind == {"QAT": "centroid", "Quant-Noise": "zero"}[variant.method]
@@ -253,7 +257,8 @@ def test_variants_say_how_they_are_trained_and_stored(variant: Variant) -> None:
         (("fp32",), ["fp32"], 1),
         (("int8",), ["fp32", "int8", "int8", "int8"], 3),
         (("ipq", "fp32"), ["fp32", "iPQ", "iPQ", "iPQ"], 3),
-        (("fp32", "int8", "int4", "ipq"), [variant.precision for variant in VARIANTS], 7),
+        (("ipq+int8",), ["fp32", "iPQ+int8"], 2),
+        (("fp32", "int8", "int4", "ipq", "ipq+int8"), [variant.precision for variant in VARIANTS], 7),
     ],
 )
 def test_methods_choose_rows(names: tuple[str, ...], precisions: list[str], trainings: int) -> None:
@@ -264,7 +269,7 @@ def test_methods_choose_rows(names: tuple[str, ...], precisions: list[str], trai
 
 def test_stages_take_every_weight_matrix() -> None:
     model = LanguageModel(Shape(vocabulary=768, width=64, layers=2, heads=2, context=8))
-    layers = [layer for stage in stages(model, seed=0) for layer in stage.layers]
+    layers = [layer for stage in stages(model, "iPQ", seed=0) for layer in stage.layers]
     assert len(layers) == 2 + 4 * 2
     assert all(parameter.dim() == 1 or "codebook" in name for name, parameter in model.named_parameters())
     for layer in layers:

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/isa_namespace.h"
 
@@ -40,14 +41,19 @@ void parallel(int64_t wanted, const Body& body) {
         const_cast<Body*>(&body), static_cast<unsigned>(threads), 0);
 }
 
-// body(begin, end) on a contiguous share of [0, n), whose bounds are multiples of `grain` (but the last).
+// body(begin, end), or body(begin, end, thread), on a contiguous share of [0, n), whose bounds are multiples of `grain`
+// (but the last).
 template <typename Body>
 void parallel_for(int64_t n, int64_t grain, const Body& body) {
     const int64_t pieces = (n + grain - 1) / grain;
     parallel(pieces, [&](int thread, int threads) {
         const int64_t begin = pieces * thread / threads * grain;
         const int64_t end = std::min(n, pieces * (thread + 1) / threads * grain);
-        if (begin < end) body(begin, end);
+        if (begin >= end) return;
+        if constexpr (std::is_invocable_v<Body, int64_t, int64_t, int>)
+            body(begin, end, thread);
+        else
+            body(begin, end);
     });
 }
 

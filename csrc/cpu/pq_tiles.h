@@ -59,7 +59,7 @@ class TileProduct {
 
   private:
     static constexpr int64_t kTokens = 512;  // that share a decoding
-    static constexpr int64_t kOutputs = 256;  // whose sums are kept at once
+    static constexpr int64_t kOutputs = 512;  // whose sums are kept at once
     static constexpr int64_t kSteps = 8;      // of 32 columns, decoded at once
 
     // codebook [k][high d, low d] bf16. With tokens in bf16 the high parts do, as if the weight were bf16, too.

@@ -91,27 +91,29 @@ class Partials {
     int64_t* data_;
 };
 
-// tile(thread, first, count, codes, distances) for each tile of points, with their nearest centroids.
-template <typename Tile>
-int for_tiles(const float* points, int64_t n, int64_t d, const float* centroids, int64_t k, const Tile& tile) {
+constexpr int64_t kRun = 8 * kTilePoints;  // points that are looked up, and then added up: each needs the cache for itself
+
+// run(thread, first, count, codes, distances) for each run of points, with their nearest centroids.
+template <typename Run>
+int for_runs(const float* points, int64_t n, int64_t d, const float* centroids, int64_t k, const Run& run) {
     Codebook codebook;
     if (!codebook.prepare(centroids, k, static_cast<int>(d))) return QNK_NO_MEMORY;
-    const int64_t tiles = (n + kTilePoints - 1) / kTilePoints;
     bool no_memory = false;
-    parallel(tiles, [&](int thread, int threads) {
+    parallel_for(n, kTilePoints, [&](int64_t begin, int64_t end, int thread) {
         void* work = aligned_alloc(64, static_cast<size_t>(codebook.work_bytes()));
         if (!work) {
             no_memory = true;
             return;
         }
         const Tiles scope;
-        int32_t codes[kTilePoints];
-        float distances[kTilePoints];
-        for (int64_t t = tiles * thread / threads; t < tiles * (thread + 1) / threads; ++t) {
-            const int64_t first = t * kTilePoints;
-            const int count = static_cast<int>(n - first < kTilePoints ? n - first : kTilePoints);
-            codebook.nearest(points + first * d, count, work, codes, distances);
-            tile(thread, first, count, codes, distances);
+        int32_t codes[kRun];
+        float distances[kRun];
+        for (int64_t first = begin; first < end; first += kRun) {
+            const int64_t count = end - first < kRun ? end - first : kRun;
+            for (int64_t at = 0; at < count; at += kTilePoints)
+                codebook.nearest(points + (first + at) * d, static_cast<int>(count - at < kTilePoints ? count - at : kTilePoints),
+                                 work, codes + at, distances + at);
+            run(thread, first, count, codes, distances);
         }
         free(work);
     });
@@ -122,10 +124,10 @@ int for_tiles(const float* points, int64_t n, int64_t d, const float* centroids,
 
 int kmeans_assign(const float* points, int64_t n, int64_t d, const float* centroids, int64_t k, int32_t* codes,
                   float* distances) {
-    return for_tiles(points, n, d, centroids, k,
-                     [&](int, int64_t first, int count, const int32_t* tile_codes, const float* tile_distances) {
-                         memcpy(codes + first, tile_codes, sizeof(int32_t) * static_cast<size_t>(count));
-                         memcpy(distances + first, tile_distances, sizeof(float) * static_cast<size_t>(count));
+    return for_runs(points, n, d, centroids, k,
+                     [&](int, int64_t first, int64_t count, const int32_t* run_codes, const float* run_distances) {
+                         memcpy(codes + first, run_codes, sizeof(int32_t) * static_cast<size_t>(count));
+                         memcpy(distances + first, run_distances, sizeof(float) * static_cast<size_t>(count));
                      });
 }
 
@@ -159,23 +161,23 @@ int kmeans_step(const float* points, const float* weights, int64_t n, int64_t d,
     if (!partials) return QNK_NO_MEMORY;
     const double unit = __builtin_ldexp(1.0, exponent), weight_unit = __builtin_ldexp(1.0, weight_exponent);
     const double objective_unit = __builtin_ldexp(1.0, objective_exponent);
-    const int status = for_tiles(
+    const int status = for_runs(
         points, n, d, centroids, k,
-        [&](int thread, int64_t first, int count, const int32_t* tile_codes, const float* distances) {
-            memcpy(codes + first, tile_codes, sizeof(int32_t) * static_cast<size_t>(count));
+        [&](int thread, int64_t first, int64_t count, const int32_t* run_codes, const float* distances) {
+            memcpy(codes + first, run_codes, sizeof(int32_t) * static_cast<size_t>(count));
             const Sums to{partials.sums(thread), partials.mass(thread), d, unit, weight_unit};
             int64_t total = 0;
             if (!weights) {
-                for (int p = 0; p < count; ++p) {
-                    to.add(points + (first + p) * d, tile_codes[p], 1.0f);
-                    ++to.mass[tile_codes[p]];
+                for (int64_t p = 0; p < count; ++p) {
+                    to.add(points + (first + p) * d, run_codes[p], 1.0f);
+                    ++to.mass[run_codes[p]];
                     total += fixed_point(distances[p], objective_unit);
                 }
             } else {
-                for (int p = 0; p < count; ++p) {
+                for (int64_t p = 0; p < count; ++p) {
                     const float* weight = weights + first + p;
-                    to.add(points + (first + p) * d, tile_codes[p], *weight);
-                    to.add_mass(tile_codes[p], weight);
+                    to.add(points + (first + p) * d, run_codes[p], *weight);
+                    to.add_mass(run_codes[p], weight);
                     total += fixed_point(distances[p] * *weight, objective_unit);
                 }
             }

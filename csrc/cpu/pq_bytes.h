@@ -19,24 +19,29 @@ constexpr bool kHasByteTables = true;
 constexpr float kTolerance = 7e-5f;  // relative to the spread of y
 constexpr int kSegment = 64;         // blocks that share a step; sums of as many bytes fit 16 bits
 constexpr int kEntries = 256;        // of a table, padded
+constexpr int kAhead = 8;            // blocks between a prefetch and its use
 
 struct ByteTables {
     const ProductQuantized& w;
-    float* products;      // [blocks][256]
-    uint8_t* bytes;       // [blocks][2][256]: low and high bytes of the rounded products
-    float* step;          // [segments]
-    float* offset;        // [segments]: sum of the least products
-    float* low;           // [blocks]
-    float* range;         // [blocks]
-    float* variance;      // [blocks]
+    const float* codewords;  // [d][256], transposed and padded with zeros
+    uint8_t* bytes;          // [blocks][2][256]: low and high bytes of the rounded products
+    float* step;             // [segments]
+    float* offset;           // [segments]: sum of the least products
+    float* signal;           // [segments]: variance of the products, added up
+    float* noise;            // [segments]: variance of their rounding
 
     int64_t segments() const { return (w.blocks + kSegment - 1) / kSegment; }
+    int64_t end_of(int64_t segment) const { return (segment + 1) * kSegment < w.blocks ? (segment + 1) * kSegment : w.blocks; }
 
-    // codewords [d][256], transposed and padded with zeros
-    void multiply(const float* x, const float* codewords, int64_t begin, int64_t end) const {
+    // Tables of one segment; products: room for [kSegment][256], zeros past k.
+    void build(const float* x, int64_t segment, float* products) const {
         const int vectors = static_cast<int>((w.k + 15) / 16);
         const __mmask16 tail = first_lanes(static_cast<int>(w.k - 16 * (vectors - 1)));
+        const float count = static_cast<float>(w.k);
+        const int64_t begin = segment * kSegment, end = end_of(segment);
+        float low[kSegment], widest = 0.0f, lowest = 0.0f, variance = 0.0f;
         for (int64_t b = begin; b < end; ++b) {
+            float* to = products + (b - begin) * kEntries;
             __m512 least = _mm512_set1_ps(__builtin_inff()), most = _mm512_set1_ps(-__builtin_inff());
             __m512 total = _mm512_setzero_ps(), squares = total;
             for (int v = 0; v < vectors; ++v) {
@@ -44,53 +49,49 @@ struct ByteTables {
                 for (int j = 0; j < w.d; ++j)
                     sum = _mm512_fmadd_ps(_mm512_set1_ps(x[b * w.d + j]), _mm512_load_ps(codewords + j * kEntries + v * 16),
                                           sum);
-                _mm512_store_ps(products + b * kEntries + v * 16, sum);
+                _mm512_store_ps(to + v * 16, sum);
                 const __mmask16 lanes = v + 1 < vectors ? 0xffff : tail;
                 least = _mm512_mask_min_ps(least, lanes, least, sum);
                 most = _mm512_mask_max_ps(most, lanes, most, sum);
                 total = _mm512_add_ps(total, sum);  // padding adds zeros
                 squares = _mm512_fmadd_ps(sum, sum, squares);
             }
-            const float count = static_cast<float>(w.k), mean = _mm512_reduce_add_ps(total) / count;
+            const float mean = _mm512_reduce_add_ps(total) / count;
             const float spread = _mm512_reduce_add_ps(squares) / count - mean * mean;
-            low[b] = _mm512_reduce_min_ps(least);
-            range[b] = _mm512_reduce_max_ps(most) - low[b];
-            variance[b] = spread > 0.0f ? spread : 0.0f;
+            low[b - begin] = _mm512_reduce_min_ps(least);
+            const float range = _mm512_reduce_max_ps(most) - low[b - begin];
+            widest = range > widest ? range : widest;
+            lowest += low[b - begin];
+            variance += spread > 0.0f ? spread : 0.0f;
         }
-    }
-
-    // Chooses the steps; false where their rounding would be felt.
-    bool choose_steps() const {
-        double noise = 0.0, signal = 0.0;
-        for (int64_t s = 0; s < segments(); ++s) {
-            const int64_t end = (s + 1) * kSegment < w.blocks ? (s + 1) * kSegment : w.blocks;
-            float widest = 0.0f;
-            double sum = 0.0;
-            for (int64_t b = s * kSegment; b < end; ++b) {
-                widest = range[b] > widest ? range[b] : widest;
-                signal += variance[b];
-                sum += low[b];
-            }
-            step[s] = widest > 0.0f ? widest / 65535.0f : 1.0f;
-            offset[s] = static_cast<float>(sum);
-            if (widest > 0.0f)
-                noise += static_cast<double>(step[s]) * step[s] / 12.0 * static_cast<double>(end - s * kSegment);
-        }
-        return noise <= static_cast<double>(kTolerance) * kTolerance * signal && signal < 1e30;
-    }
-
-    void round(int64_t begin, int64_t end) const {
+        const bool flat = !(widest > 0.0f);
+        step[segment] = flat ? 1.0f : widest / 65535.0f;
+        offset[segment] = lowest;
+        signal[segment] = variance;
+        noise[segment] = flat ? 0.0f : step[segment] * step[segment] / 12.0f * static_cast<float>(end - begin);
+        const __m512 inverse = _mm512_set1_ps(1.0f / step[segment]);
+        const __m512i top = _mm512_set1_epi32(65535), bottom = _mm512_setzero_si512();
         for (int64_t b = begin; b < end; ++b) {
-            const __m512 least = _mm512_set1_ps(low[b]), inverse = _mm512_set1_ps(1.0f / step[b / kSegment]);
-            const __m512i top = _mm512_set1_epi32(65535), bottom = _mm512_setzero_si512();
+            const __m512 least = _mm512_set1_ps(low[b - begin]);
             for (int v = 0; v < kEntries; v += 16) {
-                const __m512 scaled = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(products + b * kEntries + v), least), inverse);
-                const __m512i whole = _mm512_max_epi32(bottom, _mm512_min_epi32(top, _mm512_cvtps_epi32(scaled)));
+                const __m512 product = _mm512_load_ps(products + (b - begin) * kEntries + v);
+                const __m512i nearest = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(product, least), inverse));
+                const __m512i whole = _mm512_max_epi32(bottom, _mm512_min_epi32(top, nearest));
                 uint8_t* to = bytes + b * 2 * kEntries + v;
                 _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(whole));
                 _mm_store_si128(reinterpret_cast<__m128i*>(to + kEntries), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
             }
         }
+    }
+
+    // Whether the rounding is too little to be felt.
+    bool precise() const {
+        double all_noise = 0.0, all_signal = 0.0;
+        for (int64_t s = 0; s < segments(); ++s) {
+            all_noise += noise[s];
+            all_signal += signal[s];
+        }
+        return all_noise <= static_cast<double>(kTolerance) * kTolerance * all_signal && all_signal < 1e30;
     }
 
     // Registers: a byte table of 64, 128 or 256 entries.
@@ -125,6 +126,8 @@ struct ByteTables {
                     low_bytes[r] = _mm512_load_si512(bytes + b * 2 * kEntries + 64 * r);
                     high_bytes[r] = _mm512_load_si512(bytes + b * 2 * kEntries + kEntries + 64 * r);
                 }
+                // the codes of a block lie n bytes on, where no prefetcher looks
+                for (int g = 0; g < Groups; ++g) __builtin_prefetch(codes + (b + kAhead) * w.n + 64 * g);
                 for (int g = 0; g < Groups; ++g) {
                     const __m512i index = _mm512_maskz_loadu_epi8(inside[g], codes + b * w.n + 64 * g);
                     const __mmask64 upper = Registers == 4 ? _mm512_movepi8_mask(index) : 0;
@@ -163,22 +166,22 @@ struct ByteTables {
 
 // y [n] fp32 <- x [columns] fp32 . W^T + bias; false, with nothing written, if the token or the weight is not for this.
 inline bool multiply_by_bytes(const float* x, const ProductQuantized& w, const float* bias, float* y) {
-    const int64_t segments = (w.blocks + kSegment - 1) / kSegment;
-    const Buffer<float> floats(w.blocks * (kEntries + 3) + 2 * segments + w.d * kEntries);
+    const int64_t segments = (w.blocks + kSegment - 1) / kSegment, threads = max_threads(), scratch = kSegment * kEntries;
+    const Buffer<float> floats(w.d * kEntries + threads * scratch + 4 * segments);
     const Buffer<uint8_t> bytes(w.blocks * 2 * kEntries);
     if (!floats || !bytes) return false;
-    float* codewords = floats.get();
-    float* products = codewords + w.d * kEntries;
-    float* rest = products + w.blocks * kEntries;
-    const ByteTables tables{w,    products,           bytes.get(),           rest + 3 * w.blocks, rest + 3 * w.blocks + segments,
-                            rest, rest + w.blocks, rest + 2 * w.blocks};
+    float *codewords = floats.get(), *products = codewords + w.d * kEntries, *rest = products + threads * scratch;
+    const ByteTables tables{w,    codewords,       bytes.get(),         rest, rest + segments, rest + 2 * segments,
+                            rest + 3 * segments};
     for (int64_t c = 0; c < kEntries; ++c)
         for (int j = 0; j < w.d; ++j) codewords[j * kEntries + c] = c < w.k ? w.codebook[c * w.d + j] : 0.0f;
-    if (w.k < kEntries)
-        for (int64_t i = 0; i < w.blocks * kEntries; ++i) products[i] = 0.0f;
-    parallel_for(w.blocks, 16, [&](int64_t begin, int64_t end) { tables.multiply(x, codewords, begin, end); });
-    if (!tables.choose_steps()) return false;
-    parallel_for(w.blocks, 16, [&](int64_t begin, int64_t end) { tables.round(begin, end); });
+    parallel_for(segments, 1, [&](int64_t begin, int64_t end, int thread) {
+        float* mine = products + thread * scratch;
+        if (w.k < kEntries)
+            for (int64_t i = 0; i < scratch; ++i) mine[i] = 0.0f;
+        for (int64_t s = begin; s < end; ++s) tables.build(x, s, mine);
+    });
+    if (!tables.precise()) return false;
     parallel_for(w.n, 256, [&](int64_t begin, int64_t end) { tables.add_all(begin, end, bias, y); });
     return true;
 }

@@ -132,6 +132,7 @@ class TileProduct {
         const bool low = w_low_;
         for (int64_t i = 0; i < blocks; ++i) {
             const Code* codes = w_.template block<Code>(step * kPerStep + i) + o;
+            __builtin_prefetch(codes + kSteps * kPerStep * w_.n);  // of the next steps: n codes on, no prefetcher looks there
             for (int64_t tile = 0; tile < rows; tile += 16) {
                 const int64_t count = rows - tile < 16 ? rows - tile : 16;
                 uint16_t* to = weights + tile * 64 + i * D;

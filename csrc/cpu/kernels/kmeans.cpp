@@ -21,6 +21,11 @@ inline int64_t fixed_point(float value, double unit) {
     return static_cast<int64_t>(__builtin_llrint(static_cast<double>(value) * unit));
 }
 
+// Sums that do not fit wrap around, whatever their order.
+inline void add_to(int64_t& to, int64_t term) {
+    to = static_cast<int64_t>(static_cast<uint64_t>(to) + static_cast<uint64_t>(term));
+}
+
 struct Sums {
     int64_t* sums;  // [k, d]
     int64_t* mass;  // [k]
@@ -42,7 +47,7 @@ struct Sums {
         const __m512i term = rounded(_mm256_mul_ps(_mm256_maskz_loadu_ps(lanes, x + j), factor), units);
         _mm512_mask_storeu_epi64(to + j, lanes, _mm512_add_epi64(_mm512_maskz_loadu_epi64(lanes, to + j), term));
 #else
-        for (int64_t j = 0; j < d; ++j) to[j] += fixed_point(x[j] * weight, unit);
+        for (int64_t j = 0; j < d; ++j) add_to(to[j], fixed_point(x[j] * weight, unit));
 #endif
     }
 
@@ -53,7 +58,7 @@ struct Sums {
 #endif
 
     void add_mass(int32_t code, const float* weight) const {
-        mass[code] += weight ? fixed_point(*weight, weight_unit) : 1;
+        add_to(mass[code], weight ? fixed_point(*weight, weight_unit) : 1);
     }
 };
 
@@ -82,7 +87,7 @@ class Partials {
     int64_t size() const { return k_ * (d_ + 1) + 1; }
     int64_t over_threads(int64_t i) const {
         int64_t value = 0;
-        for (int t = 0; t < threads_; ++t) value += data_[t * size() + i];
+        for (int t = 0; t < threads_; ++t) add_to(value, data_[t * size() + i]);
         return value;
     }
 
@@ -171,17 +176,17 @@ int kmeans_step(const float* points, const float* weights, int64_t n, int64_t d,
                 for (int64_t p = 0; p < count; ++p) {
                     to.add(points + (first + p) * d, run_codes[p], 1.0f);
                     ++to.mass[run_codes[p]];
-                    total += fixed_point(distances[p], objective_unit);
+                    add_to(total, fixed_point(distances[p], objective_unit));
                 }
             } else {
                 for (int64_t p = 0; p < count; ++p) {
                     const float* weight = weights + first + p;
                     to.add(points + (first + p) * d, run_codes[p], *weight);
                     to.add_mass(run_codes[p], weight);
-                    total += fixed_point(distances[p] * *weight, objective_unit);
+                    add_to(total, fixed_point(distances[p] * *weight, objective_unit));
                 }
             }
-            *partials.objective(thread) += total;
+            add_to(*partials.objective(thread), total);
         });
     if (status != QNK_OK) return status;
     partials.total(sums, mass);

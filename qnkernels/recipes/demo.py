@@ -3,6 +3,7 @@
 import copy
 import json
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Preset:
     rate: float
     validation: int
     finetuning: float = 0.1
-    finetuning_rate: float = 1e-3
+    finetuning_rate: float = 5e-3
 
 
 PRESETS = {
@@ -256,8 +257,8 @@ class _Demo:
         """A new model with the initial weights of the seed, in a trainer with the windows of the seed."""
         torch.manual_seed(self.settings.seed)
         model = LanguageModel(self.preset.shape).to(self.device)
-        if (noise := variant.noise()) is not None:
-            quantize_(model, noise)
+        for pattern, noise in variant.noise().items():
+            quantize_(model, noise, lambda _, name, pattern=pattern: re.search(pattern, name) is not None)
         preset, seed = self.preset, self.settings.seed
         return Trainer(model, self.train_tokens, preset.batch, self.steps, preset.rate, seed)
 

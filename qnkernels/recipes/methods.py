@@ -27,7 +27,10 @@ NAMES = tuple(name.lower() for name in PRECISIONS)  # as --methods takes them
 UPDATE_EVERY = 10  # training forwards between two looks at a weight's range
 
 STAGES = (r"fc[12]", r"embedding", r"attention")
-BLOCK_SIZE, CENTROIDS = 8, 64  # the smallest matrix of the preset "small" has 512 such blocks
+BLOCK_SIZE = 8
+EMBEDDING, REST = "embedding|head", "blocks"
+# in the preset "small", one codeword for 24 blocks of the embedding, and for 8 to 32 of the other matrices
+CENTROIDS = {"embedding": 256, "*": 64}
 PROXY_RATE = 0.1
 CODEBOOK_UPDATE_EVERY = 50  # training forwards between two moves of the codewords of QAT
 
@@ -48,21 +51,24 @@ class Variant:
     def file_name(self) -> str:
         return self.label.lower().replace(" ", "-") + ".safetensors"
 
-    def noise(self) -> ScalarNoiseConfig | ProductNoiseConfig | None:
-        """What the layers are trained with; None for plain training.
+    def noise(self) -> dict[str, ScalarNoiseConfig | ProductNoiseConfig]:
+        """What the layers are trained with, by a pattern found in their names; empty for plain training.
 
         Noise for product quantization sets blocks to zero, and QAT, where no block would be left, sets them
-        to their nearest codewords.
+        to their nearest codewords, of which it has as many as product quantization will.
         """
         if self.p is None:
-            return None
+            return {}
         if self.precision not in PRODUCTS:
             bits = {INT8: 8, INT4: 4}[self.precision]
-            return ScalarNoiseConfig(bits=bits, p=self.p, per="tensor", update_every=UPDATE_EVERY)
+            return {"": ScalarNoiseConfig(bits=bits, p=self.p, per="tensor", update_every=UPDATE_EVERY)}
         if self.method == QUANT_NOISE:
-            return ProductNoiseConfig(BLOCK_SIZE, self.p, kind="zero")
-        codewords = dict(n_centroids=CENTROIDS, update_every=CODEBOOK_UPDATE_EVERY)
-        return ProductNoiseConfig(BLOCK_SIZE, self.p, kind="centroid", **codewords)
+            return {"": ProductNoiseConfig(BLOCK_SIZE, self.p, kind="zero")}
+        options = dict(kind="centroid", update_every=CODEBOOK_UPDATE_EVERY)
+        return {
+            EMBEDDING: ProductNoiseConfig(BLOCK_SIZE, self.p, n_centroids=CENTROIDS["embedding"], **options),
+            REST: ProductNoiseConfig(BLOCK_SIZE, self.p, n_centroids=CENTROIDS["*"], **options),
+        }
 
     def export(self) -> Int8WeightOnlyConfig | Int4WeightOnlyConfig | None:
         """What the layers are stored as; None for full precision and for those that go through `stages`."""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,19 +237,32 @@ def test_out_that_cannot_be_written(settings: demo.Settings, text: Path) -> None
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
 def test_variants_say_how_they_are_trained_and_stored(variant: Variant) -> None:
-    noise, export = variant.noise(), variant.export()
+    noises, export = list(variant.noise().values()), variant.export()
     assert (export is None) == (variant.precision in ("fp32", *PRODUCTS))
-    assert (noise is None) == (variant.method in ("full precision", "after training"))
-    if noise is None:
-        return
-    if variant.precision in PRODUCTS:
-        assert noise.p == 1.0 if variant.method == "QAT" else 0.05 <= noise.p <= 0.2
-        assert noise.block_size == BLOCK_SIZE and noise.n_centroids in (CENTROIDS, 256)
-        assert noise.kind == {"QAT": "centroid", "Quant-Noise": "zero"}[variant.method]
-    else:
-        assert noise.bits == BITS[variant.precision] == export.BITS
-        assert noise.p == {"QAT": 1.0, "Quant-Noise": 0.5}[variant.method]
-        assert noise.per == export.per
+    assert (noises == []) == (variant.method in ("full precision", "after training"))
+    for noise in noises:
+        if variant.precision in PRODUCTS:
+            assert noise.p == 1.0 if variant.method == "QAT" else 0.05 <= noise.p <= 0.2
+            assert noise.block_size == BLOCK_SIZE
+            assert noise.kind == {"QAT": "centroid", "Quant-Noise": "zero"}[variant.method]
+        else:
+            assert noise.bits == BITS[variant.precision] == export.BITS
+            assert noise.p == {"QAT": 1.0, "Quant-Noise": 0.5}[variant.method]
+            assert noise.per == export.per
+
+
+def test_qat_trains_with_as_many_codewords_as_product_quantization_has() -> None:
+    (qat,) = (variant for variant in VARIANTS if variant.label == "iPQ QAT")
+    model = LanguageModel(Shape(vocabulary=768, width=64, layers=1, heads=2, context=8))
+    layers = {name for name, module in model.named_modules() if hasattr(module, "weight")}
+    trained = {}
+    for pattern, noise in qat.noise().items():
+        for name in layers:
+            if re.search(pattern, name):
+                assert name not in trained
+                trained[name] = noise.n_centroids
+    stored = {layer.name: layer.n_centroids for stage in stages(model, "iPQ", 0) for layer in stage.layers}
+    assert stored == {name: trained[name] for name in stored} and len(stored) == 6
 
 
 @pytest.mark.parametrize(
@@ -274,5 +288,5 @@ def test_stages_take_every_weight_matrix() -> None:
     assert all(parameter.dim() == 1 or "codebook" in name for name, parameter in model.named_parameters())
     for layer in layers:
         blocks = layer.shape[0] * layer.shape[1] // BLOCK_SIZE
-        assert layer.n_centroids == CENTROIDS <= blocks / 8
+        assert layer.n_centroids <= blocks / 8
     assert model.head.codes is model.embedding.codes and model.head.codebook is model.embedding.codebook

@@ -105,12 +105,21 @@ def test_pq_linear_on_no_rows(device, backend):
 def test_pq_decode(device, backend, shape, dtype):
     for transposed in (False, True):
         codes, codebook, weight = quantized(*shape, dtype, transposed)
-        book = codebook.to(device).requires_grad_()
         with qnk.backend(backend):
-            decoded = F.pq_decode(moved(codes, device), book)
-            grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-            (actual,) = torch.autograd.grad(decoded, book, grad.to(device))
+            decoded = F.pq_decode(moved(codes, device), codebook.to(device))
         assert torch.equal(decoded.cpu(), weight.to(dtype))
+
+
+@pytest.mark.of("pq_decode_backward")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_pq_decode_backward(device, backend, shape, dtype):
+    for transposed in (False, True):
+        codes, _, weight = quantized(*shape, dtype, transposed)
+        grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        with qnk.backend(backend):
+            arguments = (grad.to(device), moved(codes, device), shape[3], True)
+            actual = torch.ops.qnkernels.pq_decode_backward(*arguments)
         index = codes.long().flatten()
         count = torch.bincount(index, minlength=shape[3]).clamp(min=1)[:, None]
         blocks = grad.double().reshape(len(index), -1)
@@ -121,27 +130,37 @@ def test_pq_decode(device, backend, shape, dtype):
         assert_within_bound(actual, mean, magnitude, shape[0] * shape[1])
 
 
+INDICES = ((), (0,), (1,), (5, 7))
+
+
 @pytest.mark.of("pq_embedding")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 def test_pq_embedding(device, backend, shape, dtype):
     codes, codebook, weight = quantized(*shape, dtype)
+    for size in INDICES:
+        indices = torch.randint(0, shape[0], size, generator=torch.Generator().manual_seed(2))
+        with qnk.backend(backend):
+            rows = F.pq_embedding(indices.to(device), codes.to(device), codebook.to(device))
+        assert rows.dtype == dtype and torch.equal(rows.cpu(), weight.to(dtype)[indices])
+
+
+@pytest.mark.of("pq_embedding_backward")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+def test_pq_embedding_backward(device, backend, shape, dtype):
+    codes, _, weight = quantized(*shape, dtype)
     generator = torch.Generator().manual_seed(2)
-    for size in ((), (0,), (1,), (5, 7)):
+    for size in INDICES:
         indices = torch.randint(0, shape[0], size, generator=generator)
-        inputs = [one.requires_grad_() for one in (codebook.clone(), codebook.to(device))]
-        results = []
-        for name, book in zip(("reference", backend), inputs, strict=True):
-            with qnk.backend(name):
-                rows = F.pq_embedding(indices.to(book.device), codes.to(book.device), book)
-                grad = torch.linspace(-1, 1, max(rows.numel(), 1))[: rows.numel()].reshape(rows.shape)
-                gradient = torch.autograd.grad(rows, book, grad.to(rows))[0]
-                results.append((rows.detach().cpu(), gradient.cpu().double()))
-        (expected, expected_grad), (actual, actual_grad) = results
-        assert actual.dtype == dtype and torch.equal(actual, expected)
-        assert torch.equal(actual, weight.to(dtype)[indices])
-        tolerance = 4 * EPSILON[dtype]
-        torch.testing.assert_close(actual_grad, expected_grad, rtol=tolerance, atol=tolerance)
+        grad = torch.randn(*size, weight.shape[1], generator=generator).to(dtype)
+        arguments = (grad, indices, codes, shape[3], True)
+        expected = torch.ops.qnkernels.pq_embedding_backward(grad.double(), *arguments[1:])
+        with qnk.backend(backend):
+            moved_arguments = (one.to(device) if isinstance(one, torch.Tensor) else one for one in arguments)
+            actual = torch.ops.qnkernels.pq_embedding_backward(*moved_arguments)
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.of("pq_linear_backward")

@@ -44,7 +44,7 @@ class Preset:
     rate: float
     validation: int
     finetuning: float = 0.1
-    finetuning_rate: float = 5e-3
+    finetuning_rate: float = 1e-2
 
 
 PRESETS = {

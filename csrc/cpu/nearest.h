@@ -61,7 +61,7 @@ class Codebook {
     void scores(const float* shifted, int count, float* least) const;
     void tile_scores(const float* shifted, int count, void* work, float* least) const;
     void prepare_pairs();
-    bool pair_scores(const float* shifted, int count, float largest, void* work, float* least) const;
+    bool pair_scores(const float* points, int count, void* work, float* least, float* largest) const;
     template <int Pairs, int Together>
     void pair_products(const int32_t* x, int count, float* least) const;
     void write_tiles(const float* shifted, int64_t row, int lane) const;
@@ -79,7 +79,7 @@ class Codebook {
     float* norms_ = nullptr;     // [rows][16]: half norms in the scale of the tiles, where sums of AMX start
     uint16_t* tiles_ = nullptr;  // [rows][steps][16][32]: bf16 operands of AMX
     // Scores in integers: x in units of 1 / x_unit_, codewords of 1 / c_unit_, pairs of coordinates side by side.
-    float x_unit_ = 0.0f, c_unit_ = 0.0f, pair_error_ = 0.0f;
+    float x_unit_ = 0.0f, c_unit_ = 0.0f, pair_error_ = 0.0f, root_reach_ = 0.0f;
     int32_t* pairs_ = nullptr;       // [rows][(d + 1) / 2][16]
     int32_t* pair_norms_ = nullptr;  // [rows][16]
 };
@@ -126,7 +126,7 @@ constexpr int kPairDimension = 16;  // largest that is scored in pairs
 #else
 constexpr int kPairDimension = 0;
 #endif
-constexpr int kPairBits = 13;  // of a coordinate of x that is twice as large as any of a codeword
+constexpr float kPairReach = 1.5f;  // how much larger than any of a codeword a coordinate of x may be
 
 inline int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -289,18 +289,22 @@ inline void Codebook::nearest_of(const float* points, int count, void* work, int
     }
     float* least = static_cast<float*>(work);  // [blocks][points][16]
     float* shifted = least + blocks_ * kTilePoints * kRow;
-    const float largest = shifted_points(points, count, shifted);
     float* scratch = shifted + kTilePoints * kMaxDimension;
+    float largest = 0.0f, tolerance;
     // rounding of a score, twice: products of norms times units in the last place
-    const float reach = largest * __builtin_sqrtf(static_cast<float>(d)) + norm_;
-    float tolerance = (d + 4) * 0x1p-22f * reach * norm_;
-    if (d <= kPairDimension && pair_scores(shifted, count, largest, scratch, least)) {
-        tolerance = (tolerance * c_unit_ + d * largest) * x_unit_ + pair_error_;
-    } else if (kHasTiles && d > kPairDimension) {
-        tile_scores(shifted, count, scratch, least);
-        tolerance = (tolerance + 0x1p-15f * reach * norm_) * scale_ * scale_;
+    const auto rounding = [&] { return (d + 4) * 0x1p-22f * (largest * __builtin_sqrtf(static_cast<float>(d)) + norm_) * norm_; };
+    if (d <= kPairDimension && pair_scores(points, count, scratch, least, &largest)) {
+        tolerance = (rounding() * c_unit_ + d * largest) * x_unit_ + pair_error_;
     } else {
-        scores<D>(shifted, count, least);
+        largest = shifted_points(points, count, shifted);
+        if (kHasTiles && d > kPairDimension) {
+            tile_scores(shifted, count, scratch, least);
+            const float reach = largest * __builtin_sqrtf(static_cast<float>(d)) + norm_;
+            tolerance = (rounding() + 0x1p-15f * reach * norm_) * scale_ * scale_;
+        } else {
+            scores<D>(shifted, count, least);
+            tolerance = rounding();
+        }
     }
     for (int p = 0; p < count; p += kRow)
         choose<D>(points + p * d, count - p < kRow ? count - p : kRow, least + p * kRow, tolerance, codes + p,
@@ -397,11 +401,14 @@ inline void Codebook::prepare_pairs() {
             const float magnitude = __builtin_fabsf(rows_[row * (1 + d_) * kRow + i]);
             largest = magnitude > largest ? magnitude : largest;
         }
-    // the sum of d products, and a half norm, stay below 2^31
-    const int sum_bits = d_ <= 4 ? 28 : d_ <= 8 ? 27 : 26;
     const bool usable = largest > 1e-15f && largest < 1e15f;
-    x_unit_ = usable ? static_cast<float>(1 << kPairBits) / (2.0f * largest) : 0.0f;
-    c_unit_ = usable ? static_cast<float>((1 << (sum_bits - kPairBits)) - 1) / largest : 0.0f;
+    const float root = __builtin_sqrtf(static_cast<float>(d_));
+    // a product is at most |x| |c| <= root * kPairReach * largest * norm: below 2^30, and half norms are below 2^28
+    const float c_bits = 16383.0f / largest, x_bits = 0x1p30f / (root * kPairReach * largest * norm_ * c_bits) * 0.999f;
+    const float x_most = 32766.0f / (kPairReach * largest);
+    c_unit_ = usable ? c_bits : 0.0f;
+    x_unit_ = usable ? (x_bits < x_most ? x_bits : x_most) : 0.0f;
+    root_reach_ = root * x_unit_ * norm_ * c_unit_;  // times a coordinate of x: the largest product
     float widest = 0.0f;
     for (int64_t row = 0; row < rows; ++row)
         for (int lane = 0; lane < kRow; ++lane) {
@@ -425,21 +432,37 @@ inline void Codebook::prepare_pairs() {
     pair_error_ = widest + static_cast<float>(d_) + 4.0f + 0x1p8f;
 }
 
-// False where a point is too far out for the integers.
-inline bool Codebook::pair_scores(const float* shifted, int count, float largest, void* work, float* least) const {
-    if (!(largest * x_unit_ <= static_cast<float>(1 << kPairBits)) || x_unit_ == 0.0f) return false;
+// False where a point is too far out for the integers; *largest <- the largest magnitude of a shifted coordinate.
+inline bool Codebook::pair_scores(const float* points, int count, void* work, float* least, float* largest) const {
+    if (x_unit_ == 0.0f) return false;
     const int pairs = (d_ + 1) / 2;
     int16_t* x = static_cast<int16_t*>(work);  // [points][2 * pairs]
     const __m512 unit = _mm512_set1_ps(x_unit_);
-    const auto round = [&](__m512 value) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(value, unit))); };
+    __m512i extreme = _mm512_setzero_si512();  // magnitudes of floats are ordered as their bits
+    const auto round = [&](__m512 value, __m512 shift, int16_t* to) {
+        const __m512 shifted = _mm512_sub_ps(value, shift);
+        extreme = _mm512_max_epu32(extreme, _mm512_and_si512(_mm512_castps_si512(shifted), _mm512_set1_epi32(0x7fffffff)));
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(shifted, unit));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(whole));  // there is room for whole vectors
+    };
     if (d_ % 2 == 0) {
-        for (int i = 0; i < count * d_; i += 16)  // the buffers have room for whole vectors
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + i), round(_mm512_loadu_ps(shifted + i)));
+        const int total = count * d_;
+        for (int i = 0, at = 0; i < total; i += 16) {
+            const __m512 shift = _mm512_loadu_ps(shift_ + at);
+            if (i + 16 <= total)
+                round(_mm512_loadu_ps(points + i), shift, x + i);
+            else
+                round(_mm512_mask_loadu_ps(shift, first_lanes(total - i), points + i), shift, x + i);
+            at = at + 16 < d_ * kRow ? at + 16 : 0;
+        }
     } else {
         const __mmask16 lanes = first_lanes(d_);
+        const __m512 shift = _mm512_maskz_loadu_ps(lanes, shift_);
         for (int p = 0; p < count; ++p)  // the next point overwrites what is past this one
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + p * 2 * pairs), round(_mm512_maskz_loadu_ps(lanes, shifted + p * d_)));
+            round(_mm512_maskz_loadu_ps(lanes, points + p * d_), shift, x + p * 2 * pairs);
     }
+    *largest = bits_float(_mm512_reduce_max_epu32(extreme));
+    if (!(*largest * x_unit_ <= 32766.0f) || *largest * root_reach_ > 0x1p30f) return false;
     const int32_t* words = reinterpret_cast<const int32_t*>(x);
     switch (pairs) {
         case 1: pair_products<1, 4>(words, count, least); break;
@@ -482,7 +505,7 @@ inline void Codebook::pair_products(const int32_t* x, int count, float* least) c
 }
 #else
 inline void Codebook::prepare_pairs() {}
-inline bool Codebook::pair_scores(const float*, int, float, void*, float*) const { return false; }
+inline bool Codebook::pair_scores(const float*, int, void*, float*, float*) const { return false; }
 #endif
 
 #if defined(__AMX_TILE__)

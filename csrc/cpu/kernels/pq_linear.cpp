@@ -18,13 +18,26 @@ QNK_CPU_KERNELS(QNK_DECLARE_KERNEL)
 
 namespace {
 
-// Up to so many tokens one by one cost less than a vector of them, and from so many on tiles less than vectors.
-constexpr int64_t kByteTokens = 6, kTileTokens = 24;
+constexpr int64_t kByteTokens = 6;     // up to so many tokens one by one cost less than a vector of them
 constexpr int64_t kByteOutputs = 256;  // fewer do not pay for the tables of bytes
+
+// Nanoseconds on one core, of which only the ratio matters: by tables each code costs an addition per vector of tokens,
+// in tiles a decoding once and its d weights a product (three for fp32) per 16 tokens.
+double cost_by_tables(const ProductQuantized& w, int64_t m) {
+    const double codes = static_cast<double>(w.n * w.blocks), entries = static_cast<double>(w.k * w.columns());
+    const double addition = w.k * kLanes * 4 <= 32768 ? 0.85 : 1.5;
+    return static_cast<double>((m + kLanes - 1) / kLanes) * (codes * addition + entries * 0.04);
+}
+
+double cost_in_tiles(const ProductQuantized& w, int64_t m, bool bf16_tokens) {
+    const double codes = static_cast<double>(w.n * w.blocks), per_weight = bf16_tokens ? 0.026 : 0.078;
+    return codes * (bf16_tokens ? 0.65 : 1.4) + static_cast<double>((m + 31) / 32 * 2) * codes * w.d * per_weight;
+}
 
 template <typename T>
 int multiply(const T* x, const ProductQuantized& w, const float* bias, T* y, int64_t m) {
-    if (m >= kTileTokens && tiles_serve(w)) return multiply_by_tiles(x, w, bias, y, m);
+    if (m > kByteTokens && tiles_serve(w) && cost_in_tiles(w, m, std::is_same_v<T, bf16>) < cost_by_tables(w, m))
+        return multiply_by_tiles(x, w, bias, y, m);
     if (!kHasByteTables || m > kByteTokens || w.n < kByteOutputs || w.k > 256 || w.code_bytes != 1)
         return multiply_by_tables(x, w, bias, y, m);
     const Buffer<float> token(w.columns()), result(w.n);

@@ -106,7 +106,7 @@ class Watch:
         name = row.method
         if row.precision != FP32:
             name = f"{row.precision} {row.method}"
-        untuned = f" ({row.finetuning.perplexity_without:.3f} without finetuning)" if row.finetuning else ""
+        untuned = f" (untuned {row.finetuning.perplexity_without:.3f})" if row.finetuning else ""
         self.said(f"    {name}: perplexity {row.perplexity:.3f}{untuned}, {_megabytes(row.bytes)} MB")
 
 

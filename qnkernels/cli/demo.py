@@ -10,7 +10,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -79,9 +78,7 @@ class Watch:
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
             console=err,
         )
 
@@ -96,7 +93,7 @@ class Watch:
         self.progress.console.print(message, style="dim", highlight=False)
 
     def started(self, label: str, number: int, trainings: int, steps: int) -> None:
-        description = f"{number:2}/{trainings} {label:29}"
+        description = f"{number:2}/{trainings} {label:27}"
         self.task = self.progress.add_task(description, total=steps, loss="  -  ")
 
     def stepped(self, step: int, loss: float) -> None:

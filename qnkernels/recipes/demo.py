@@ -247,7 +247,7 @@ class _Demo:
         """Tell that a training or finetuning begins."""
         self.started += 1
         self.stage = f"during the {kind} {label!r}"
-        name = label if kind == "training" else f"{kind} {label}"
+        name = label if kind == "training" else f"tuning {label}"
         self.listener.started(name, self.started, len(self.plan) + len(self._products()), steps)
 
     def _perplexity(self, model: LanguageModel) -> float:

@@ -31,7 +31,7 @@ VARIANTS = [variant for _, variants in TRAININGS for variant in variants]
 LABELS = [
     label
     for trained, variants in TRAININGS
-    for label in (trained.label, *(f"finetuning {v.label}" for v in variants if v.precision in PRODUCTS))
+    for label in (trained.label, *(f"tuning {v.label}" for v in variants if v.precision in PRODUCTS))
 ]
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
 
@@ -187,8 +187,8 @@ def test_ctrl_c_keeps_what_is_finished(
 ) -> None:
     results = demo.run(settings, Silent(stop_at))
     label = LABELS[stop_at[0] - 1]
-    kind = "finetuning" if label.startswith("finetuning") else "training"
-    name = label.removeprefix("finetuning ")
+    kind = "finetuning" if label.startswith("tuning") else "training"
+    name = label.removeprefix("tuning ")
     assert results.note == f"stopped during the {kind} {name!r}: {finished} of 11 models are finished"
     written = json.loads((settings.out / demo.RESULTS).read_text())
     assert written["note"] == results.note and len(written["rows"]) == finished

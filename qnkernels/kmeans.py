@@ -89,10 +89,11 @@ def _checked_points(points: torch.Tensor, n_clusters: int, n_iter: int) -> torch
     if len(points) < n_clusters:
         fail("points", f"at least as many as the {n_clusters} clusters", len(points))
     points = points.detach().float().contiguous()
-    if not math.isfinite(_largest(points)):
+    largest = _largest(points)
+    if not math.isfinite(largest):
         fail("points", "finite values", f"{int((~points.isfinite()).sum())} that are NaN or infinite")
-    if _largest(points) > MAX_MAGNITUDE:
-        fail("points", f"magnitudes up to {MAX_MAGNITUDE:g}, whose squares fp32 holds", f"{_largest(points):g}")
+    if largest > MAX_MAGNITUDE:
+        fail("points", f"magnitudes up to {MAX_MAGNITUDE:g}, whose squares fp32 holds", f"{largest:g}")
     return points
 
 

@@ -38,7 +38,10 @@ CPU_ARGTYPES = {
         *(ctypes.c_int32, POINTER),
     ],
     "block_noise": [POINTER, INT, POINTER, INT, SIZE, SIZE, INT, FLOAT, ctypes.c_int32, POINTER],
-    "block_noise_centroid": [*(POINTER, INT, POINTER, INT, SIZE, SIZE), POINTER, SIZE, ctypes.c_int32, POINTER],
+    "block_noise_centroid": [
+        *(POINTER, INT, POINTER, INT, SIZE, SIZE),
+        *(POINTER, SIZE, ctypes.c_int32, POINTER),
+    ],
     "int_linear": [*(POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER), SIZE, SIZE, SIZE, SIZE, INT],
     "int_linear_backward": [*(POINTER, INT, POINTER, POINTER, POINTER, POINTER), SIZE, SIZE, SIZE, SIZE, INT],
     "int_embedding": [POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, INT, SIZE, SIZE, SIZE, INT],

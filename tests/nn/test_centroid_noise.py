@@ -13,8 +13,6 @@ from qnkernels import functional, kmeans
 from qnkernels.nn import BlockNoise, NoisyConv2d, NoisyEmbedding, NoisyLinear, PQLinear
 
 
-
-
 def make_noise(weight: torch.Tensor, **options) -> BlockNoise:
     defaults = dict(block_size=4, p=0.5, kind="centroid", n_centroids=8, update_every=3, n_iter=2)
     return BlockNoise(weight, **{**defaults, **options})

@@ -11,12 +11,12 @@ never written.
 Prediction, 2 cores: batch 1: 0.17 to 0.2 ms with two byte planes, 64 codes a permutation, that is 7x F.linear
 in fp32 and 2x quantize_dynamic; batch 16: 1.0 to 1.3 ms, 4 to 5x fp32; batch 256: bf16 1.2x the ceiling, fp32
 with its three bf16 products 3 to 3.5x. Step of 512 in fp32: 1x the dense step.
-Measured, 2 cores: batch 1: 0.17 ms, 9.2x F.linear in fp32 and 2.7x quantize_dynamic; batch 16: 1.11 ms, 5.4x fp32;
-batch 256: bf16 1.08x the ceiling, fp32 12.7 ms, 2.1x F.linear in fp32 and not 4x. The step of 512: 79 ms, 0.49x the
-dense one. Tried on batch 256 in fp32: additions of table rows 14.9 ms, three bf16 products in tiles 12.7 ms (their
-loads ordered to hide behind products, tokens packed in the order of use, prefetched, larger groups of outputs: 5 %
-together); alone, in cache, the same products take 8.5 ms. Batch 1: a prefetch of the codes, which lie n bytes apart,
-gave 0.145 -> 0.120 ms with warm caches.
+Measured, 2 cores: batch 1: 0.17 ms, 9.2x F.linear in fp32 and 2.7x quantize_dynamic; batch 16: 1.11 ms,
+5.4x fp32; batch 256: bf16 1.08x the ceiling, fp32 12.7 ms, 2.1x F.linear in fp32 and not 4x. The step of
+512: 79 ms, 0.49x the dense one. Tried on batch 256 in fp32: additions of table rows 14.9 ms, three bf16
+products in tiles 12.7 ms (their loads ordered to hide behind products, tokens packed in the order of use,
+prefetched, larger groups of outputs: 5 % together); alone, in cache, the same products take 8.5 ms. Batch
+1: a prefetch of the codes, which lie n bytes apart, gave 0.145 -> 0.120 ms with warm caches.
 """
 
 from collections.abc import Callable

@@ -344,5 +344,5 @@ def test_bad_input(call, error, words):
 def test_points_whose_squares_overflow_are_refused():
     points = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     points[7, 2] = 1e18
-    with pytest.raises(ValueError, match="points: expected magnitudes up to 1e\\+17.*got 1e\\+18"):
+    with pytest.raises(ValueError, match=r"points: expected magnitudes up to 1e\+17.*got 1e\+18"):
         qnk.kmeans(points, 5)

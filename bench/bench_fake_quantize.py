@@ -7,7 +7,7 @@ division and seven more floating-point operations forward; two compares and no d
 Floor: forward the copy of the weight (ratio 1), backward 1.5x that copy. On an AVX-512 core a division
 instruction takes 16 cycles for 16 elements, as long as the copy; a corrected reciprocal takes its place.
 Prediction, 2 cores: forward 1.3 to 1.7x the copy, backward 1.5 to 1.7x; autograd's Python adds some 50 us.
-Measured, 2 cores: forward 1.67x; backward 2.52x through autograd, its kernel alone 1.5x, which is the floor.
+Measured, 2 cores: forward 1.55x; backward 2.29x through autograd, its kernel alone 1.5x, which is the floor.
 H100 (3.0 TB/s measured elsewhere): 6.3 us forward, arithmetic of the same size, so 1.3x the copy.
 """
 

@@ -12,11 +12,11 @@ scikit-learn 77 and torch 340: 4 to 5x faiss. Past that lies only what needs few
 of AMX, or bounds. A search of 15 steps costs 15 of them; other n and K as many per pair.
 
 Measured, 2 cores: a step 4.3 ms, 0.85x the matrix product, and a search 4.8 ms a step where faiss takes
-19.1 to 22.1 and scikit-learn 57: 3.7 to 4.7x faiss over several runs, short of 5x. Half of the time goes into
-scores in pairs of 16-bit integers, near the rate of their instruction; a third into the distances of the
-best group of 16. Tried on the scores, per point on one core: fp32 multiply-adds 47 ns in all, tiles of AMX
-(bf16 halves) 33 ns, pairs of 16-bit integers 23 ns. A tile that is zeroed and not loaded costs AMX three
-times as much per product.
+19.1 to 22.1 and scikit-learn 57: 3.7 to 4.7x faiss over several runs, short of 5x. Half of the time goes
+into scores in pairs of 16-bit integers, near the rate of their instruction; a third into the distances of
+the best group of 16. Tried on the scores, per point on one core: fp32 multiply-adds 47 ns in all, tiles of
+AMX (bf16 halves) 33 ns, pairs of 16-bit integers 23 ns. A tile that is zeroed and not loaded costs AMX
+three times as much per product.
 
 faiss: all points, one start, no checks but its own for NaN. torch's search is left to the single step, where
 its time is that of every step. The objectives are compared in tests/bench/test_bench_kmeans.py.

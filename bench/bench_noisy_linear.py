@@ -8,8 +8,8 @@ Floor: the plain step, ratio 1; on 2 cores at 234 GFLOP/s fp32 it takes 31 ms, a
 passes at 1.5x a 0.42 ms copy) or 0.45 ms. Prediction: 1.04x scalar, 1.015x block in fp32; in bf16, where
 AMX makes the plain step six times faster and the noise two, 1.10x and 1.04x.
 Measured, 2 cores, fp32: 1.10x scalar, 1.07x block; in bf16 1.44x and 1.24x. A step that merely clones the
-weight takes 1.01x to 1.05x; noising and multiplying it in chunks of 256 to 1536 rows, which stores no copy, 1.30x to
-1.09x; stores past the cache gain nothing.
+weight takes 1.01x to 1.05x; noising and multiplying it in chunks of 256 to 1536 rows, which stores no
+copy, 1.30x to 1.09x; stores past the cache gain nothing.
 """
 
 from collections.abc import Callable

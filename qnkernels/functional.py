@@ -10,6 +10,7 @@ __all__ = [
     "histogram_range",
     "int_embedding",
     "int_linear",
+    "int_linear_quantized",
     "kmeans_assign",
     "kmeans_update",
     "minmax",
@@ -203,6 +204,35 @@ def int_linear(
     scale, zero_point = _per_row(scale), None if zero_point is None else _per_row(zero_point)
     _check_groups(weight, scale, bits, group_size)
     return torch.ops.qnkernels.int_linear(x, weight, scale, zero_point, bias, bits)
+
+
+def int_linear_quantized(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    bits: int = 8,
+    group_size: int | None = None,
+    x_scale: torch.Tensor | float | None = None,
+    x_zero_point: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """int_linear in integer arithmetic: activations are quantized to 8 bits, too; the rest as int_linear.
+
+    Without x_scale and x_zero_point each row of x has a range of its own, from its smallest to its largest
+    value, widened to hold 0 ("dynamic"). With them, 0-d fp32 or plain numbers as from
+    `quantization_parameters`, that quantizer serves all of x, and values outside its range are clamped
+    ("static"). Products and sums over a group are exact integers; y = sum * scale * x_scale + bias in
+    fp32. A row with NaN, or (dynamic) infinity, gives NaN. Gradients flow to x, straight through the rounding
+    but not from outside a given range, and to bias.
+    """
+    scale, zero_point = _per_row(scale), None if zero_point is None else _per_row(zero_point)
+    _check_groups(weight, scale, bits, group_size)
+    x_scale, x_zero_point = (
+        None if value is None else _parameter(value, x.device) for value in (x_scale, x_zero_point)
+    )
+    arguments = (x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point)
+    return torch.ops.qnkernels.int_linear_quantized(*arguments)
 
 
 def int_embedding(

@@ -15,6 +15,7 @@ def load() -> dict[str, Callable]:
         fake_quantize.fake_quantize_backward,
         block_noise.block_noise,
         int_linear.int_linear,
+        int_linear.int_linear_quantized,
         int_linear.int_linear_backward,
         int_linear.int_embedding,
         kmeans.kmeans_assign,

@@ -11,6 +11,7 @@ OPS = (
     "fake_quantize_backward",
     "block_noise",
     "int_linear",
+    "int_linear_quantized",
     "int_linear_backward",
     "int_embedding",
     "kmeans_assign",

@@ -1,4 +1,4 @@
-"""int_linear and int_embedding: layers over packed integer weights."""
+"""int_linear, int_linear_quantized and int_embedding: layers over packed integer weights."""
 
 import torch
 
@@ -96,8 +96,7 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, grad):
-    weight, scale, zero_point = ctx.saved_tensors
+def _gradients(ctx, grad, weight, scale, zero_point):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.qnkernels.int_linear_backward(grad, weight, scale, zero_point, ctx.bits)
@@ -107,7 +106,58 @@ def _backward(ctx, grad):
     return grad_x, None, None, None, grad_bias, None
 
 
+def _backward(ctx, grad):
+    return _gradients(ctx, grad, *ctx.saved_tensors)
+
+
 autograd("int_linear", _backward, _setup_context)
+
+
+def _check_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
+    _check(x, weight, scale, zero_point, bias, bits)
+    if (x_scale is None) != (x_zero_point is None):
+        checks.fail("x_zero_point", "given with x_scale, and only with it", x_zero_point)
+    if x_scale is not None:
+        checks.check_parameter("x_scale", x_scale, x, None, None)
+        checks.check_parameter("x_zero_point", x_zero_point, x, None, None)
+
+
+def _fake_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
+    _check_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@op(
+    "int_linear_quantized(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, "
+    "Tensor? x_scale, Tensor? x_zero_point) -> Tensor",
+    _fake_quantized,
+)
+def int_linear_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
+    _check_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    kernel = select("int_linear_quantized", x.device.type)
+    y = kernel(rows, *_contiguous(weight, scale, zero_point), bias, bits, x_scale, x_zero_point)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _setup_quantized(ctx, inputs, output):
+    x, *packed, x_scale, x_zero_point = inputs
+    _setup_context(ctx, (x, *packed), output)
+    # a range of each row holds the whole row; only a fixed one cuts
+    ctx.save_for_backward(*ctx.to_save, x if x_scale is not None else None, x_scale, x_zero_point)
+
+
+def _backward_quantized(ctx, grad):
+    """Straight-through: the gradient of int_linear, 0 where x lies outside a given range."""
+    *packed, x, x_scale, x_zero_point = ctx.saved_tensors
+    grads = _gradients(ctx, grad, *packed)
+    if x is not None and grads[0] is not None:
+        outside = (x.float() < (0.0 - x_zero_point) * x_scale) | (x.float() > (255 - x_zero_point) * x_scale)
+        grads = (grads[0].masked_fill(outside, 0.0), *grads[1:])
+    return (*grads, None, None)
+
+
+autograd("int_linear_quantized", _backward_quantized, _setup_quantized)
 
 
 def _check_embedding(indices, weight, scale, zero_point, bits, dtype) -> int:

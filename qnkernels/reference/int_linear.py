@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from .range import quantization_parameters
+
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [out, in] in [0, 2^bits) -> packed uint8 [out, in * bits / 8], low bits first."""
@@ -56,6 +58,55 @@ def int_linear(
     """y = x @ ((q - z) * s)^T + bias, fp32 accumulation, in the dtype of x. x [..., in] -> [..., out]."""
     decoded = dequantize_weight(weight, scale, zero_point, bits)
     return F.linear(x.float(), decoded, None if bias is None else bias.float()).to(x.dtype)
+
+
+def quantize_rows(
+    x: torch.Tensor, x_scale: torch.Tensor | None, x_zero_point: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """8-bit codes less their zero point, fp32 [rows, in], of x [rows, in]; scale and zero point [rows, 1].
+
+    Without x_scale and x_zero_point (0-d) each row has a range of its own, as `quantization_parameters`
+    makes it. The scale is NaN where a row has no finite quantizer: where it holds NaN or, without x_scale,
+    infinity or a range beyond fp32.
+    """
+    x = x.float()
+    if x_scale is None:
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)
+        scale, zero_point = quantization_parameters(low, high, 8)
+        lost = ~scale.isfinite()
+    else:
+        scale, zero_point = x_scale.expand(len(x), 1), x_zero_point.expand(len(x), 1)
+        lost = x.isnan().any(-1, keepdim=True)
+    codes = torch.round(x / scale + zero_point).clamp(0, 255)
+    shifted = (codes - zero_point).masked_fill(lost, 0.0)
+    return shifted, scale.masked_fill(lost, float("nan")), zero_point
+
+
+def int_linear_quantized(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    x_scale: torch.Tensor | None,
+    x_zero_point: torch.Tensor | None,
+) -> torch.Tensor:
+    """int_linear with activations in 8 bits: x [rows, in] -> [rows, out] in the dtype of x.
+
+    y = (sum over groups of fp32(acc) * scale) * x_scale + bias, in fp32, where acc is the exact integer sum
+    of (x code - x zero point) * (weight code - zero point) over the columns of a group (exact here up to 2^53).
+    """
+    codes, row_scale, _ = quantize_rows(x, x_scale, x_zero_point)
+    ones = torch.ones_like(scale)
+    levels = dequantize_weight(weight, ones, zero_point, bits).double().reshape(*scale.shape, -1)
+    codes = codes.double().reshape(len(x), scale.shape[1], -1)
+    y = torch.zeros(len(x), len(weight), device=x.device)
+    for group in range(scale.shape[1]):
+        exact = codes[:, group] @ levels[:, group].t()
+        y = y + exact.float() * scale[:, group]
+    y = y * row_scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def int_linear_backward(

@@ -95,7 +95,7 @@ def int_linear_quantized(
     """int_linear with activations in 8 bits: x [rows, in] -> [rows, out] in the dtype of x.
 
     y = (sum over groups of fp32(acc) * scale) * x_scale + bias, in fp32, where acc is the exact integer sum
-    of (x code - x zero point) * (weight code - zero point) over the columns of a group (exact here up to 2^53).
+    of (x code - x zero point) * (weight code - zero point) over the columns of a group (exact up to 2^53).
     """
     codes, row_scale, _ = quantize_rows(x, x_scale, x_zero_point)
     ones = torch.ones_like(scale)

@@ -98,11 +98,12 @@ def int_linear_quantized(
     of (x code - x zero point) * (weight code - zero point) over the columns of a group (exact up to 2^53).
     """
     codes, row_scale, _ = quantize_rows(x, x_scale, x_zero_point)
-    ones = torch.ones_like(scale)
-    levels = dequantize_weight(weight, ones, zero_point, bits).double().reshape(*scale.shape, -1)
-    codes = codes.double().reshape(len(x), scale.shape[1], -1)
+    ones, groups = torch.ones_like(scale), scale.shape[1]
+    size = x.shape[1] // groups
+    levels = dequantize_weight(weight, ones, zero_point, bits).double().reshape(len(weight), groups, size)
+    codes = codes.double().reshape(len(x), groups, size)
     y = torch.zeros(len(x), len(weight), device=x.device)
-    for group in range(scale.shape[1]):
+    for group in range(groups):
         exact = codes[:, group] @ levels[:, group].t()
         y = y + exact.float() * scale[:, group]
     y = y * row_scale

@@ -222,9 +222,9 @@ def int_linear_quantized(
     Without x_scale and x_zero_point each row of x has a range of its own, from its smallest to its largest
     value, widened to hold 0 ("dynamic"). With them, 0-d fp32 or plain numbers as from
     `quantization_parameters`, that quantizer serves all of x, and values outside its range are clamped
-    ("static"). Products and sums over a group are exact integers; y = sum * scale * x_scale + bias in
-    fp32. A row with NaN, or (dynamic) infinity, gives NaN. Gradients flow to x, straight through the rounding
-    but not from outside a given range, and to bias.
+    ("static"). Products and sums over a group (or over up to 32,768 columns of it) are exact integers;
+    y = sum * scale * x_scale + bias in fp32. A row with NaN, or (dynamic) infinity, gives NaN. Gradients
+    flow to x, straight through the rounding but not from outside a given range, and to bias.
     """
     scale, zero_point = _per_row(scale), None if zero_point is None else _per_row(zero_point)
     _check_groups(weight, scale, bits, group_size)

@@ -22,6 +22,21 @@ QNK_HD float fake_quantize_value(float x, float scale, float zero_point, float t
     return (quantize_code(x, scale, zero_point, top) - zero_point) * scale;
 }
 
+struct Affine {
+    float scale, zero_point;
+};
+
+// The quantizer with codes 0 to top over [low, high], which is widened to hold 0. NaN propagates to the scale.
+QNK_HD Affine affine_over(float low, float high, float top, bool symmetric) {
+    const float a = low > 0.0f ? 0.0f : low, b = high < 0.0f ? 0.0f : high;
+    if (symmetric) {
+        const float half = (top + 1.0f) / 2.0f, bound = -a > b || a != a ? -a : b, s = bound / (half - 1.0f);
+        return {s == 0.0f ? 1.0f : s, half};
+    }
+    const float width = (b - a) / top, s = width == 0.0f ? 1.0f : width;
+    return {s, quantize_code(-a, s, 0.0f, top)};
+}
+
 QNK_HD bool bits_valid(int64_t bits) { return bits >= 2 && bits <= 16; }
 
 QNK_HD float top_code(int64_t bits) { return static_cast<float>((int64_t{1} << bits) - 1); }

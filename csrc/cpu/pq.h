@@ -1,10 +1,10 @@
-// What the kernels of product-quantized layers share: the weight they read, and work buffers.
+// The weight that the kernels of product-quantized layers read.
 #pragma once
 
 #include <stdint.h>
-#include <stdlib.h>
 
 #include "common/dtype.h"
+#include "cpu/buffer.h"
 
 namespace qnk {
 inline namespace QNK_ISA {
@@ -32,25 +32,6 @@ inline auto by_code(const ProductQuantized& w, const Body& body) {
     if (w.code_bytes == 1) return body(static_cast<const uint8_t*>(nullptr));
     return body(static_cast<const uint16_t*>(nullptr));
 }
-
-// `count` values of T, aligned to 64 bytes, or null without memory.
-template <typename T>
-class Buffer {
-  public:
-    explicit Buffer(int64_t count) {
-        const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-        data_ = static_cast<T*>(aligned_alloc(64, bytes));
-    }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { free(data_); }
-
-    explicit operator bool() const { return data_ != nullptr; }
-    T* get() const { return data_; }
-
-  private:
-    T* data_;
-};
 
 }  // namespace QNK_ISA
 }  // namespace qnk

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 from .range import quantization_parameters
 
+EXACT_COLUMNS = 32768  # 255 * 255 * 32768 < 2^31
+
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [out, in] in [0, 2^bits) -> packed uint8 [out, in * bits / 8], low bits first."""
@@ -95,7 +97,8 @@ def int_linear_quantized(
     """int_linear with activations in 8 bits: x [rows, in] -> [rows, out] in the dtype of x.
 
     y = (sum over groups of fp32(acc) * scale) * x_scale + bias, in fp32, where acc is the exact integer sum
-    of (x code - x zero point) * (weight code - zero point) over the columns of a group (exact up to 2^53).
+    of (x code - x zero point) * (weight code - zero point) over the columns of a group. A group of more than
+    EXACT_COLUMNS is summed in pieces of so many, which fit 32-bit integers, as if each were a group.
     """
     codes, row_scale, _ = quantize_rows(x, x_scale, x_zero_point)
     ones, groups = torch.ones_like(scale), scale.shape[1]

@@ -7,6 +7,7 @@
 
 #include "common/affine.h"
 #include "cpu/by_dtype.h"
+#include "cpu/divider.h"
 #include "cpu/kernels.h"
 #include "cpu/noise_bits.h"
 #include "cpu/parallel.h"
@@ -66,30 +67,6 @@ inline uint64_t mask_at(Noise& noise, int64_t i) {
     if (skip + kLanes > kWord) bits |= noise.word(block + 1) << (kWord - skip);
     return bits;
 }
-
-// Division by a scale that many values share. An instruction takes 16 cycles for 16 lanes; the product with the
-// correctly rounded reciprocal is within one unit in the last place, and one fused correction of it gives the
-// correctly rounded quotient (Markstein, "Computation of elementary functions on the IBM RISC System/6000
-// processor", 1990, theorem 5), as long as nothing underflows on the way.
-class Divider {
-  public:
-    explicit Divider(float s) : scale_(splat(s)), minus_scale_(splat(-s)), reciprocal_(splat(1.0f / s)) {}
-
-    // Whether quotients that matter, those above 2^-3, are exact: remainders are then multiples of 2^-149.
-    static bool serves(float s) { return kFusedMultiply && s > 0x1p-100f && s < 0x1p100f; }
-
-    Vec exact(Vec x) const { return x / scale_; }
-
-    Vec fast(Vec x) const {
-        // the bound keeps infinity out of the correction; it is far above any code
-        const Vec estimate = min(bound_, max(minus_bound_, x * reciprocal_));
-        return fma(fma(estimate, minus_scale_, x), reciprocal_, estimate);
-    }
-
-  private:
-    Vec scale_, minus_scale_, reciprocal_;
-    Vec bound_ = splat(0x1p20f), minus_bound_ = splat(-0x1p20f);
-};
 
 template <bool Fast, typename In, typename Out>
 void forward_run(const In* x, Out* y, int64_t first, int64_t count, float s, float z, float top, Noise& noise) {

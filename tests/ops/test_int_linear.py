@@ -1,8 +1,12 @@
 """int_linear and int_embedding over packed weights, against float64 and exact decoding."""
 
+import contextlib
+
 import pytest
 import torch
+from helpers_int_linear import UNIT, Packed, assert_within, output_rounding, random_packed
 from numeric import DTYPES, assert_identical, integer, relative_error
+from pairs import covering, name
 
 import qnkernels as qnk
 from qnkernels import functional as F
@@ -13,11 +17,8 @@ BOUND = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def packed(n, k, bits, groups, generator):
-    """weight, scale, zero point and the decoded weight in float64."""
-    weight = pack(torch.randint(0, 2**bits, (n, k), generator=generator), bits)
-    scale = torch.rand(n, groups, generator=generator) + 0.1
-    zero_point = torch.randint(0, 2**bits, (n, groups), generator=generator).to(torch.uint8)
-    return weight, scale, zero_point
+    """weight, scale and zero point."""
+    return random_packed(n, k, bits, groups, generator).arguments
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -54,6 +55,152 @@ def test_against_float64(backend, bits, m, k, n, groups):
             assert relative_error(y, x.detach().double() @ decoded.t() + bias.double()) < BOUND[dtype]
             assert relative_error(x.grad, grad.double() @ decoded) < BOUND[dtype]
             assert relative_error(b.grad, grad.double().sum(0)) < BOUND[torch.float32]
+
+
+SIZES = {
+    "m": (0, 1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 100),
+    "k": (2, 30, 31, 64, 66, 127, 128, 200, 256, 1000, 4098),
+    "n": (1, 3, 15, 16, 17, 31, 33, 64, 100),
+    "group": (None, None, 2, 3, 5, 6, 25, 32, 33, 64, 128),
+    "bits": (8, 4),
+    "zero_point": (True, False),
+    "bias": (None, "fp32", "as x"),
+    "dtype": DTYPES,
+    "x": ("plain", "offset", "1000x", "1e6x", "zeros"),
+}
+
+
+def possible(k, group, bits, **rest) -> bool:
+    return k * bits % 8 == 0 and (group is None or k % group == 0)
+
+
+@pytest.fixture(params=["served", "reference"])
+def backend(request):
+    return contextlib.nullcontext if request.param == "served" else lambda: qnk.backend("reference")
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def activations(m: int, k: int, kind: str, generator: torch.Generator) -> torch.Tensor:
+    """Rows in [-1, 1] or so, some of them of the kind; one value 1e6 times the others in all of float16."""
+    x = torch.randn(m, k, generator=generator)
+    some = torch.rand(m, generator=generator) < 0.5
+    if kind == "offset":
+        x[some] += 8
+    elif kind == "zeros":
+        x[some] = 0
+    elif kind != "plain":
+        ratio = float(kind[:-1])
+        x /= max(1.0, ratio / 3e3)
+        x[some, torch.randint(k, (int(some.sum()),), generator=generator)] *= ratio
+    return x
+
+
+def exact_and_bound(x, packed: Packed, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer in float64, and what `check` allows each element to be off."""
+    weight = packed.decoded()
+    exact = x.double() @ weight.t() + (0.0 if bias is None else bias.double())
+    largest = x.double().abs().amax(1, keepdim=True)
+    bound = 4 * UNIT * (largest * weight.abs().sum(1) + exact.abs())
+    return exact, bound + output_rounding(exact, x.dtype)
+
+
+def check(x, packed: Packed, bias=None) -> None:
+    """Each element: |y - exact| <= 2^-22 max|x_row| sum|w_row| + 4 roundings of y, and that to its dtype.
+
+    2^-22 is 4 roundings of the largest product for each one. Unlike an error of the norm, this leaves no row
+    and no output out.
+    """
+    y = F.int_linear(x, *packed.arguments, bias, packed.bits)
+    assert y.dtype == x.dtype
+    assert_within(y, *exact_and_bound(x, packed, bias))
+
+
+@pytest.mark.parametrize("case", list(covering(SIZES, possible)), ids=name)
+def test_every_element_is_within_the_bound(case):
+    m, k, n, group, bits, zero_point, bias, dtype, kind = case.values()
+    generator = seeded(hash((m, k, n)) % 2**31)
+    weight = random_packed(n, k, bits, k // (group or k), generator, zero_point, unit=2**-10)
+    if bias is not None:
+        bias = torch.randn(n, generator=generator).to(torch.float32 if bias == "fp32" else dtype)
+    check(activations(m, k, kind, generator).to(dtype), weight, bias)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_bound_holds_in_long_rows_of_one_sign(bits):
+    """Where the errors of many roundings, and sums of integers beyond 32 bits, would show."""
+    for k, groups in ((32_768, 1), (40_000, 1), (40_000, 625)):
+        weight = torch.full((17, k * bits // 8), 255, dtype=torch.uint8)
+        for zero in (0, 2**bits - 1):
+            zeros = torch.full((17, groups), zero, dtype=torch.uint8)
+            zeros[1::2] = 0
+            packed = Packed(weight, torch.full((17, groups), 2**-8 / 3), zeros, bits)
+            x = torch.rand(19, k, generator=seeded(k)) + 0.5
+            x[1] = 1.0
+            for m in (1, 2, 19):
+                check(x[:m], packed)
+                check(-x[:m], packed)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_other_magnitudes(scale):
+    for bits, groups in ((8, 1), (4, 4)):
+        packed = random_packed(33, 128, bits, groups, seeded(31))
+        scaled = Packed(packed.codes, packed.scale * scale, packed.zero_point, bits)
+        for m in (1, 4, 17, 70):
+            x = torch.randn(m, 128, generator=seeded(m))
+            check(x * scale, packed)
+            check(x, scaled)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_are_not_finite_leave_the_others_alone(backend, dtype):
+    """They are not finite anywhere, as in a plain product; zeros and huge rows beside them are exact."""
+    for bits, groups in ((8, 1), (4, 2)):
+        packed = random_packed(33, 128, bits, groups, seeded(32), unit=2**-10)
+        decoded = packed.decoded().float()
+        for m in (1, 2, 5, 17, 64):
+            x = torch.randn(m, 128, generator=seeded(m)).to(dtype)
+            x[m // 3] *= 1000
+            x[m // 4] = 0
+            for poison in (float("nan"), float("inf"), float("-inf")):
+                poisoned = x.clone()
+                for row, column in {(0, 127), (m // 2, 5)}:
+                    poisoned[row, column] = poison
+                clean = poisoned.isfinite().all(1)
+                with backend():
+                    y = F.int_linear(poisoned, *packed.arguments, bits=bits)
+                    finite = torch.nn.functional.linear(poisoned.float(), decoded).isfinite()
+                    assert torch.equal(y.isfinite(), finite)
+                    assert_within(y[clean], *exact_and_bound(x[clean], packed))
+
+
+def test_zeros_give_the_bias(backend):
+    packed, bias = random_packed(33, 66, 8, 1, seeded(33)), torch.randn(33, generator=seeded(34))
+    for m in (1, 3, 17, 64):
+        with backend():
+            y = F.int_linear(torch.zeros(m, 66), *packed.arguments, bias)
+            assert_identical(y, bias.expand(m, 33))
+
+
+@pytest.fixture
+def use_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_threads_do_not_change_the_bits(use_threads):
+    for bits, groups in ((8, 1), (8, 8), (4, 1), (4, 8)):
+        packed = random_packed(257, 512, bits, groups, seeded(35))
+        for m in (1, 7, 40):
+            x, results = torch.randn(m, 512, generator=seeded(m)), []
+            for count in (1, 2):
+                use_threads(count)
+                results.append(F.int_linear(x, *packed.arguments, bits=bits))
+            assert_identical(*results)
 
 
 def test_shapes_of_x():

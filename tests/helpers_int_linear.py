@@ -8,6 +8,7 @@ import torch
 from qnkernels.reference.int_linear import pack, unpack
 
 UNIT = 2.0**-24  # relative error of an fp32 rounding
+PIECE = 32_768  # columns of a group whose sum fits 32 bits
 
 
 @dataclass
@@ -90,25 +91,27 @@ def exact_quantized(
 ) -> Exact:
     """y = (sum over groups of fp32(acc) * scale) * x_scale + bias; acc in float64 is exact below 2^53.
 
-    In fp32, with G groups: acc is rounded, multiplied (1 rounding each), added to G - 1 others (G - 1), and
-    the sum multiplied by x_scale (1): G + 2 roundings of numbers whose absolute values add up to at most A.
+    Groups of more than 32,768 columns are summed in pieces of so many, as if each were a group.
+    In fp32, with G of them: acc is rounded, multiplied (1 rounding each), added to G - 1 others (G - 1), and
+    the sum multiplied by x_scale (1): G + 2 roundings, each at most UNIT times the sum of absolute terms.
     One more, of y, for the bias; then that to the dtype of x.
     """
     shifted, x_scale = quantized_rows(x, quantizer)
     levels = packed.levels()
     _, groups, size = levels.shape
     columns = shifted.reshape(len(shifted), groups, size)
-    sums = [columns[:, g] @ levels[:, g].T for g in range(groups)]
-    scale = packed.scale.numpy()
+    pieces = [(g, slice(at, at + PIECE)) for g in range(groups) for at in range(0, size, PIECE)]
+    sums = [columns[:, g, piece] @ levels[:, g, piece].T for g, piece in pieces]
+    scales = [packed.scale.numpy()[:, g] for g, _ in pieces]
     added = np.zeros(len(levels), np.float32) if bias is None else bias.detach().float().numpy()
-    terms = [acc * scale[:, g].astype(np.float64) * x_scale.astype(np.float64) for g, acc in enumerate(sums)]
+    terms = [acc * scale.astype(np.float64) * x_scale for acc, scale in zip(sums, scales, strict=True)]
     value = torch.from_numpy(sum(terms) + added)
-    bound = (groups + 3) * UNIT * torch.from_numpy(sum(map(np.abs, terms))) + UNIT * value.abs()
+    bound = (len(sums) + 3) * UNIT * torch.from_numpy(sum(map(np.abs, terms))) + UNIT * value.abs()
     bound += output_rounding(value, x.dtype)
     rounded = None
-    if groups == 1:
+    if len(sums) == 1:
         with np.errstate(all="ignore"):
-            y = (np.zeros(len(levels), np.float32) + sums[0].astype(np.float32) * scale[:, 0]) * x_scale
+            y = (np.zeros(len(levels), np.float32) + sums[0].astype(np.float32) * scales[0]) * x_scale
             rounded = torch.from_numpy(y if bias is None else y + added).to(x.dtype)
     return Exact(value, bound, rounded)
 

@@ -107,8 +107,10 @@ def int_linear_quantized(
     codes = codes.double().reshape(len(x), groups, size)
     y = torch.zeros(len(x), len(weight), device=x.device)
     for group in range(groups):
-        exact = codes[:, group] @ levels[:, group].t()
-        y = y + exact.float() * scale[:, group]
+        for start in range(0, size, EXACT_COLUMNS):
+            piece = slice(start, start + EXACT_COLUMNS)
+            exact = codes[:, group, piece] @ levels[:, group, piece].t()
+            y = y + exact.float() * scale[:, group]
     y = y * row_scale
     return (y if bias is None else y + bias.float()).to(x.dtype)
 

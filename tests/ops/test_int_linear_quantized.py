@@ -82,7 +82,7 @@ def test_exact(backend, case):
 @pytest.mark.parametrize("k", [32_768, 40_000])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_extreme_codes_in_long_rows(backend, k, bits):
-    """Sums beyond 32 bits: at k = 40,000 up to 2.6e9, of one sign, and near 0 from terms of both."""
+    """Sums up to the end of 32 bits and, in two pieces, beyond: 2.6e9 of one sign; near 0 from both."""
     n, top = 17, 2**bits - 1
     signs = torch.tensor([1.0, -1.0]).repeat(k // 2)
     rows = torch.stack((torch.ones(k), -torch.ones(k), signs, torch.arange(k) / k))

@@ -2,12 +2,13 @@
 
 from . import functional, nn
 from .backends import BackendUnavailable, backend
+from .calibrate import calibrate
 from .checkpoint import compressed_size, load_compressed, save_compressed
 from .ipq import IPQ, Stage
 from .kmeans import KMeansResult, kmeans
 from .pq import PQConfig
 from .product import ProductNoiseConfig
-from .ptq import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+from .ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig
 from .quantize import quantize_, remove_noise_
 from .scalar import ScalarNoiseConfig
 
@@ -17,6 +18,8 @@ __all__ = [
     "IPQ",
     "BackendUnavailable",
     "Int4WeightOnlyConfig",
+    "Int8DynamicConfig",
+    "Int8StaticConfig",
     "Int8WeightOnlyConfig",
     "KMeansResult",
     "PQConfig",
@@ -24,6 +27,7 @@ __all__ = [
     "ScalarNoiseConfig",
     "Stage",
     "backend",
+    "calibrate",
     "compressed_size",
     "functional",
     "kmeans",

@@ -1,4 +1,4 @@
-"""Weight-only integer quantization after training."""
+"""Integer quantization after training: weights only, or weights and activations."""
 
 import functools
 from dataclasses import dataclass
@@ -8,20 +8,23 @@ from torch import nn
 
 from .layers import Layers, Steps, check_owns_weight, naming
 from .nn.compressed import become_
+from .nn.input_range import quantizer_of
+from .nn.int_conv2d import IntConv2d
 from .nn.int_embedding import IntEmbedding, check_embedding
 from .nn.int_linear import LINEAR
-from .nn.noisy import NoisyEmbedding, NoisyLinear, check_weight
+from .nn.noisy import NOISY, check_weight
 from .nn.packed import PackedLayer, PackedWeight, check_packing_options, pack_weight
 
 
 @dataclass(frozen=True)
 class Int8WeightOnlyConfig:
-    """nn.Linear and nn.Embedding, noisy or not, become IntLinear and IntEmbedding over 8-bit codes.
+    """nn.Linear, nn.Embedding and nn.Conv2d, noisy or not, become IntLinear, IntEmbedding and IntConv2d over
+    8-bit codes.
 
-    One scale per output channel (embedding row), per `group_size` weights of one, or per="tensor" for
+    One scale per output channel (embedding row, filter), per `group_size` weights of one, or per="tensor" for
     all, which is what a model trained with per-tensor noise was trained for. symmetric: no zero point.
-    observer: "minmax" or "histogram" (least squared error). Layers that share a weight share its codes.
-    nn.Conv2d layers stay as they are. Raises ValueError naming the field.
+    observer: of the weights, "minmax" or "histogram" (least squared error). Layers that share a weight share
+    its codes. Raises ValueError naming the field.
     """
 
     group_size: int | None = None
@@ -30,7 +33,8 @@ class Int8WeightOnlyConfig:
     per: str = "channel"
 
     BITS: ClassVar[int] = 8
-    CONVERTS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, nn.Embedding, NoisyLinear, NoisyEmbedding)
+    ACTIVATIONS: ClassVar[str] = "float"
+    CONVERTS: ClassVar[tuple[type[nn.Module], ...]] = (*NOISY, *NOISY.values())
 
     def __post_init__(self) -> None:
         check_packing_options(self.BITS, self.group_size, self.observer, self.per)
@@ -51,12 +55,15 @@ class Int8WeightOnlyConfig:
         key = id(layer.weight)
         if key not in packed:
             check_weight(layer.weight)
-            packed[key] = pack_weight(
-                layer.weight.detach(), self.BITS, self.group_size, self.symmetric, self.observer, self.per
-            )
+            rows = layer.weight.detach().flatten(1)
+            options = (self.group_size, self.symmetric, self.observer, self.per)
+            packed[key] = pack_weight(rows, self.BITS, *options)
         if isinstance(layer, nn.Embedding):
             return IntEmbedding(packed[key], layer.padding_idx)
-        return LINEAR[self.BITS](packed[key], layer.bias)
+        activations = (self.ACTIVATIONS, *(quantizer_of(layer) if self.ACTIVATIONS == "static" else ()))
+        if isinstance(layer, nn.Conv2d):
+            return IntConv2d(packed[key], layer, *activations)
+        return LINEAR[self.BITS](packed[key], layer.bias, *activations)
 
 
 @dataclass(frozen=True)
@@ -66,3 +73,22 @@ class Int4WeightOnlyConfig(Int8WeightOnlyConfig):
     group_size: int | None = 128
 
     BITS: ClassVar[int] = 4
+
+
+@dataclass(frozen=True)
+class Int8DynamicConfig(Int8WeightOnlyConfig):
+    """As Int8WeightOnlyConfig, and IntLinear and IntConv2d quantize their input to 8 bits, too, over a range
+    of each token's (of each position's patch) own.
+    """
+
+    ACTIVATIONS: ClassVar[str] = "dynamic"
+
+
+@dataclass(frozen=True)
+class Int8StaticConfig(Int8WeightOnlyConfig):
+    """As Int8DynamicConfig, over the one range that `calibrate` recorded for each layer's input.
+
+    A layer without one is a ValueError; nn.Embedding needs none.
+    """
+
+    ACTIVATIONS: ClassVar[str] = "static"

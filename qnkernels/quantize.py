@@ -10,10 +10,18 @@ from .nn.encoder import choose_encoder_path_
 from .nn.noisy import NoisyLayer, remove_noise_from_
 from .pq import PQConfig
 from .product import ProductNoiseConfig
-from .ptq import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+from .ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig
 from .scalar import ScalarNoiseConfig
 
-Config = ScalarNoiseConfig | ProductNoiseConfig | Int8WeightOnlyConfig | Int4WeightOnlyConfig | PQConfig
+Config = (
+    ScalarNoiseConfig
+    | ProductNoiseConfig
+    | Int8WeightOnlyConfig
+    | Int4WeightOnlyConfig
+    | Int8DynamicConfig
+    | Int8StaticConfig
+    | PQConfig
+)
 
 
 def quantize_(
@@ -21,7 +29,7 @@ def quantize_(
 ) -> nn.Module:
     """Turn the layers of `model` into what `config` says, in place; returns the model.
 
-    Only nn.Linear, nn.Embedding, nn.Conv2d (where the config has a use for them) and their noisy forms
+    Only nn.Linear, nn.Embedding, nn.Conv2d and their noisy forms
     are turned, not other subclasses of them, and only those for which `filter_fn(module, name)` is true.
     A noisy layer takes the new config. Parameters, ties, hooks and references to a layer stay.
     nn.MultiheadAttention computes with its weights itself and stays as it is. All layers are checked

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 import qnkernels as qnk
-from qnkernels.nn import Int4Linear, Int8Linear, IntEmbedding, NoisyConv2d, NoisyEmbedding, NoisyLinear
+from qnkernels.nn import (
+    Int4Linear,
+    Int8Linear,
+    IntConv2d,
+    IntEmbedding,
+    NoisyConv2d,
+    NoisyEmbedding,
+    NoisyLinear,
+)
 
 NOISES = [qnk.ScalarNoiseConfig(bits=4, activations=True), qnk.ProductNoiseConfig(block_size=4)]
 
@@ -139,13 +147,14 @@ def test_weights_are_packed_in_place(config, kind, noisy, tokens):
     step = model.body[0].scale.max()
     assert (model.body[0].weight - weights["body.0"]).abs().max() <= step
     assert model(tokens).isfinite().all() and calls == [1]
-    assert type(model.conv) is (NoisyConv2d if noisy else nn.Conv2d)
+    assert type(model.conv) is IntConv2d
+    assert (model.conv.weight - weights["conv"]).abs().max() <= model.conv.scale.max()
 
 
 def test_export_of_per_tensor_noise_computes_what_noise_does_in_eval(tokens):
     torch.manual_seed(2)
     model = Model()
-    qnk.quantize_(model, qnk.ScalarNoiseConfig(bits=4), lambda module, name: name != "conv")
+    qnk.quantize_(model, qnk.ScalarNoiseConfig(bits=4))
     model.train()(tokens)
     noisy = model.eval()(tokens)
     qnk.quantize_(model, qnk.Int4WeightOnlyConfig(group_size=None, per="tensor"))
@@ -178,7 +187,7 @@ def test_tied_weights_share_their_codes_even_after_moves_and_copies(tokens):
         ),
         (
             qnk.Int8WeightOnlyConfig(group_size=16),
-            r"layer 'body.2': group_size: expected a divisor of the 20 .*, got 16",
+            r"layer 'conv': group_size: expected a divisor of the 4 .*, got 16",
         ),
         (
             qnk.Int4WeightOnlyConfig(),

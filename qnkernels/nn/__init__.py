@@ -1,5 +1,6 @@
 """Layers: state, shapes and forwards, no maths."""
 
+from .int_conv2d import IntConv2d
 from .int_embedding import IntEmbedding
 from .int_linear import Int4Linear, Int8Linear, IntLinear
 from .noise import ActivationNoise, BlockNoise, ScalarNoise
@@ -11,6 +12,7 @@ __all__ = [
     "BlockNoise",
     "Int4Linear",
     "Int8Linear",
+    "IntConv2d",
     "IntEmbedding",
     "IntLinear",
     "NoisyConv2d",

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .fixed import FixedBuffers
+from .input_range import record_
 from .noisy import NoisyLayer, remove_noise_from_
 
 
@@ -21,11 +22,12 @@ class CompressedLayer(FixedBuffers):
 
 def become_(layer: nn.Module, compressed: CompressedLayer) -> None:
     """Turn `layer` into `compressed` in place, so that references to it, its hooks, its training flag
-    and whatever else was attached to it stay.
+    and whatever else was attached to it stay. A range that calibration recorded has served.
     """
     if isinstance(layer, NoisyLayer):
         remove_noise_from_(layer)
     del layer._parameters["weight"]
+    record_(layer, None)
     state = layer.__dict__
     for kind in ("_parameters", "_buffers", "_modules"):
         state[kind] = {**state[kind], **compressed.__dict__[kind]}

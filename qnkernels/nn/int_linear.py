@@ -3,21 +3,27 @@
 import torch
 from torch import nn
 
-from .. import functional
-from .noisy import autocast_dtype, check_weight
-from .packed import PackedLayer, PackedWeight, pack_weight
+from .noisy import check_weight, to_autocast
+from .packed import PackedWeight, pack_weight
+from .packed_product import PackedProduct
 
 
-class IntLinear(PackedLayer):
+class IntLinear(PackedProduct):
     """y = x @ W^T + bias over W [out, in] in 8 or 4 bits; differentiable in x and bias.
 
-    bias: a parameter as in nn.Linear, in its own dtype, or None.
+    Arguments as PackedProduct, a row being the last dimension of x (a token).
     """
 
-    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None = None) -> None:
-        super().__init__(packed)
+    def __init__(
+        self,
+        packed: PackedWeight,
+        bias: nn.Parameter | None = None,
+        activations: str = "float",
+        x_scale: torch.Tensor | float | None = None,
+        x_zero_point: torch.Tensor | float | None = None,
+    ) -> None:
+        super().__init__(packed, bias, activations, x_scale, x_zero_point)
         self.in_features, self.out_features = packed.columns, packed.codes.shape[0]
-        self.register_parameter("bias", bias)
 
     @classmethod
     def from_linear(
@@ -28,23 +34,27 @@ class IntLinear(PackedLayer):
         symmetric: bool = False,
         observer: str = "minmax",
         per: str = "channel",
+        activations: str = "float",
+        x_scale: torch.Tensor | float | None = None,
+        x_zero_point: torch.Tensor | float | None = None,
     ) -> "IntLinear":
-        """A new layer from `linear`, sharing its bias; options as `pack_weight`. Int8Linear and Int4Linear
-        are the same with their own bits. Raises ValueError naming the option.
+        """A new layer from `linear`, sharing its bias; options as `pack_weight` and PackedProduct.
+
+        Int8Linear and Int4Linear are the same with their own bits. Raises ValueError naming the option.
         """
         check_weight(linear.weight)
         packed = pack_weight(linear.weight.detach(), bits, group_size, symmetric, observer, per)
-        return LINEAR[bits](packed, linear.bias).train(linear.training)
+        layer = LINEAR[bits](packed, linear.bias, activations, x_scale, x_zero_point)
+        return layer.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out] in the dtype of x (under autocast, in its dtype)."""
-        x = x.to(autocast_dtype(x.device.type) or x.dtype)
-        return functional.int_linear(x, self.weight_packed, self.scale, self.zero_point, self.bias, self.bits)
+        return self._product(to_autocast(x))
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {self._packing_repr()}"
+            f"bias={self.bias is not None}, {self._product_repr()}"
         )
 
 
@@ -59,9 +69,13 @@ class Int8Linear(IntLinear):
         symmetric: bool = False,
         observer: str = "minmax",
         per: str = "channel",
+        activations: str = "float",
+        x_scale: torch.Tensor | float | None = None,
+        x_zero_point: torch.Tensor | float | None = None,
     ) -> "IntLinear":
         """IntLinear.from_linear with bits=8."""
-        return IntLinear.from_linear(linear, 8, group_size, symmetric, observer, per)
+        options = (group_size, symmetric, observer, per, activations, x_scale, x_zero_point)
+        return IntLinear.from_linear(linear, 8, *options)
 
 
 class Int4Linear(IntLinear):
@@ -75,9 +89,13 @@ class Int4Linear(IntLinear):
         symmetric: bool = False,
         observer: str = "minmax",
         per: str = "channel",
+        activations: str = "float",
+        x_scale: torch.Tensor | float | None = None,
+        x_zero_point: torch.Tensor | float | None = None,
     ) -> "IntLinear":
         """IntLinear.from_linear with bits=4."""
-        return IntLinear.from_linear(linear, 4, group_size, symmetric, observer, per)
+        options = (group_size, symmetric, observer, per, activations, x_scale, x_zero_point)
+        return IntLinear.from_linear(linear, 4, *options)
 
 
 LINEAR: dict[int, type[IntLinear]] = {8: Int8Linear, 4: Int4Linear}

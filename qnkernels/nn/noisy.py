@@ -20,6 +20,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
+def to_autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that autocast runs matrix products in; x itself outside autocast."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
+
+
 class NoisyLayer(nn.Module):
     """What the noisy layers share: noise on the weight and, where wanted, activation_noise on the output.
 

@@ -101,6 +101,10 @@ class PackedLayer(CompressedLayer):
     @property
     def weight(self) -> torch.Tensor:
         """The decoded weight [rows, columns], a new tensor in each call."""
+        return self._decoded()
+
+    def _decoded(self) -> torch.Tensor:
+        """[rows, columns]. A method, since torch.compile does not follow super() to a property."""
         decoded = dequantize_weight(self.weight_packed, self.scale, self.zero_point, self.bits)
         return decoded.to(self.weight_dtype)
 

@@ -1,13 +1,13 @@
 """Layers over product-quantized weights (arXiv 1907.05686; Quant-Noise, arXiv 2004.07320, section 3.2)."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .. import functional
 from ..ops.checks import fail
+from .convolution import ConvGeometry
 from .int_embedding import check_embedding
-from .noisy import autocast_dtype
+from .noisy import to_autocast
 from .pq_weight import PQLayer, PQWeight, quantize_product
 
 
@@ -43,8 +43,7 @@ class PQLinear(PQLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out] in the dtype of x (under autocast, in its dtype)."""
-        x = x.to(autocast_dtype(x.device.type) or x.dtype)
-        y = functional.pq_linear(x, self.codes, self.codewords(), self.bias, self.codebook_grad)
+        y = functional.pq_linear(to_autocast(x), self.codes, self.codewords(), self.bias, self.codebook_grad)
         return self._output(y)
 
     def extra_repr(self) -> str:
@@ -108,7 +107,7 @@ class PQEmbedding(PQLayer):
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._pq_repr()}"
 
 
-class PQConv2d(PQLayer):
+class PQConv2d(ConvGeometry, PQLayer):
     """nn.Conv2d over filters [out, in / groups * kh * kw] in codes; differentiable in x, codebook and bias.
 
     While the codebook is trained the input is unfolded and multiplied as by PQLinear, so that no dense weight
@@ -116,18 +115,10 @@ class PQConv2d(PQLayer):
     of a plain convolution), the filters are decoded in each forward.
     """
 
-    GEOMETRY = (
-        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
-        *("padding_mode", "output_padding", "transposed"),
-    )
-
     def __init__(self, pq: PQWeight, conv: nn.Conv2d) -> None:
         """conv: gives the geometry and the bias, which is shared."""
         super().__init__(pq)
-        for name in self.GEOMETRY:
-            setattr(self, name, getattr(conv, name))
-        # [left, right, top, bottom]: the form of F.pad, in which "same" may differ on the two sides
-        self.padded_sides = list(conv._reversed_padding_repeated_twice)
+        self._take_geometry(conv)
         self.register_parameter("bias", conv.bias)
 
     @classmethod
@@ -150,33 +141,18 @@ class PQConv2d(PQLayer):
     @property
     def weight(self) -> torch.Tensor:
         """The decoded filters [out, in / groups, kh, kw], a new tensor; its gradient goes to the codebook."""
-        return self._decoded().view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        return self._decoded().view(self.filter_shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [batch, in, h, w] or [in, h, w] -> the shape of nn.Conv2d."""
         if x.dim() == 3:
             return self.forward(x[None])[0]
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            expected = f"[batch, {self.in_channels}, h, w] or [{self.in_channels}, h, w]"
-            fail("x", expected, f"shape {tuple(x.shape)}")
-        x = x.to(autocast_dtype(x.device.type) or x.dtype)
-        if any(self.padded_sides):
-            x = F.pad(x, self.padded_sides, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        x = self._padded(x)
         if self.groups == 1 and torch.is_grad_enabled() and self.codebook.requires_grad:
-            return self._output(self._unfolded(x))
-        weight = self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self._output(F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups))
-
-    def _unfolded(self, x: torch.Tensor) -> torch.Tensor:
-        """x [batch, in, h, w], padded."""
-        sizes = zip(x.shape[2:], self.dilation, self.kernel_size, self.stride, strict=True)
-        height, width = (
-            (size - dilation * (kernel - 1) - 1) // stride + 1 for size, dilation, kernel, stride in sizes
-        )
-        patches = F.unfold(x, self.kernel_size, self.dilation, 0, self.stride).transpose(1, 2)
-        y = functional.pq_linear(patches, self.codes, self.codewords(), self.bias, self.codebook_grad)
-        return y.transpose(1, 2).reshape(len(x), self.out_channels, height, width)
+            patches = self._patches(x)
+            y = functional.pq_linear(patches, self.codes, self.codewords(), self.bias, self.codebook_grad)
+            return self._output(self._image(y, x))
+        return self._output(self._convolved(x, self.weight, self.bias))
 
     def extra_repr(self) -> str:
         return f"{nn.Conv2d.extra_repr(self)}, {self._pq_repr()}"

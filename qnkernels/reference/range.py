@@ -59,8 +59,21 @@ def histogram_range(
     elements = elements.reshape(-1, elements.shape[-1])
     low, high = torch.aminmax(elements, dim=-1)
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    counts, centers = _histogram(elements, low, high)
-    shrink = 1 - torch.arange(SHRINK_STEPS, device=x.device, dtype=torch.float32) / SHRINK_STEPS
+    low, high = least_error_range(*_histogram(elements, low, high), low, high, bits)
+    return low.reshape(shape), high.reshape(shape)
+
+
+def least_error_range(
+    counts: torch.Tensor,
+    centers: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    bits: torch.Tensor | int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The search of `histogram_range`: counts (float64) and centers of bins [rows, bins], low <= 0 and
+    high >= 0 [rows] -> low and high [rows].
+    """
+    shrink = 1 - torch.arange(SHRINK_STEPS, device=low.device, dtype=torch.float32) / SHRINK_STEPS
     for shrink_low, shrink_high in ((True, True), (True, False), (False, True)):
         best = torch.full_like(low, float("inf"), dtype=torch.float64)
         best_low, best_high = low, high
@@ -73,7 +86,7 @@ def histogram_range(
             best_low = torch.where(better, new_low, best_low)
             best_high = torch.where(better, new_high, best_high)
         low, high = best_low, best_high
-    return low.reshape(shape), high.reshape(shape)
+    return low, high
 
 
 def _histogram(

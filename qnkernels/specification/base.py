@@ -1,7 +1,7 @@
 """What every compressed layer's description has in common."""
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -47,7 +47,8 @@ class LayerSpec(ABC):
     def parse(cls, value: dict) -> "LayerSpec":
         """From what JSON gave, whose `type` is known; raises ValueError naming the field."""
         names = {field.name for field in fields(cls)}
-        if value.keys() != names:
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        if not required <= value.keys() <= names:
             fail("specification", f"an object with the fields {sorted(names)}", repr(value))
         spec = cls(**value)
         shape = spec.shape

@@ -1,12 +1,17 @@
-"""int_linear: a linear layer over a packed 8-bit or 4-bit weight, for serving.
+"""int_linear and int_linear_quantized: linear layers over a packed 8-bit or 4-bit weight, for serving.
 
-Bytes (4096x4096, batch m, bf16 activations): the codes, 16.8 MB in 8 bits and 8.4 MB in 4, and 2m(in + out).
-Operations: 2m per weight, 33.5 M m, and one decode (subtract, scale) per weight.
-Floor: batch 1 and 16 the codes read once (the ceiling copies them: read and written, so a ratio below 1 is
-possible); batch 256 the bf16 product, whose ceiling is F.linear in bf16.
-Prediction, 2 cores with AMX: the plain kernels of today decode to fp32 and multiply there, so 1 to 2x the
-copy at batch 1, and at batch 256 the ratio of the fp32 to the bf16 product, some 6x. The fast kernels
-(VNNI to batch 8, AMX above) should reach 0.6x and 1.2x.
+Classes: weight-only int8 and int4 (groups of 128), and dynamic int8 (activations in 8 bits, too, a range for
+each row); each with activations in fp32 and in bf16. A peer is compared within its class: F.linear in the
+dtype of the activations belongs to all; everything is prepared once and runs in inference mode.
+Bytes (4096x4096, batch m): the codes, 16.8 MB in 8 bits and 8.4 MB in 4 (and 0.5 MB of scales), and
+m (in + out) activations.
+Operations: 2m per weight, 33.5 M m, and one decode (subtract, scale) per weight or group.
+Floor: to batch 16 the codes read once (the ceiling copies them: read and written, so a ratio below 1 is
+possible); from batch 64 on the bf16 product, whose ceiling is F.linear in bf16. Products of integers could
+take half of its time.
+Left out: the reference above 3072x768, where it takes up to a second a call; torch's packed products in fp32
+above batch 4, since they are plain loops there (3072x768, batch 16, one core: _weight_int8pack_mm 20 ms,
+_weight_int4pack_mm_for_cpu 58 ms, F.linear 1.6 ms). quantize_dynamic takes fp32 only.
 """
 
 from collections.abc import Callable
@@ -24,6 +29,30 @@ from qnkernels.reference.int_linear import pack, quantize_weight, unpack
 from qnkernels.reference.range import minmax
 
 GROUP = {8: None, 4: 128}
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+REFERENCE_WEIGHTS = 3072 * 768  # the largest layer that the reference is timed on
+PLAIN_LOOP_BATCH = 4  # the largest batch for peers that are plain loops in fp32
+PRODUCT_BATCH = 64  # from here on the ceiling is a product, not a copy
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is quantized; with the dtype of the activations, a class of layers that compare."""
+
+    name: str
+    bits: int
+    dynamic: bool = False  # activations, too, a range for each row
+
+    @property
+    def op(self) -> str:
+        return "int_linear_quantized" if self.dynamic else "int_linear"
+
+
+INT8, DYNAMIC, INT4 = KINDS = (
+    Kind("weight-only int8", 8),
+    Kind("dynamic int8", 8, dynamic=True),
+    Kind("weight-only int4", 4),
+)
 
 
 @dataclass
@@ -46,12 +75,25 @@ def make_inputs(shape, batch, bits, dtype, device, index) -> Inputs:
     return Inputs(x, weight.to(dtype), bits, packed, scale, zero_point.to(torch.uint8))
 
 
-def call_ours(inputs: Inputs) -> Callable:
-    return partial(F.int_linear, inputs.x, inputs.packed, inputs.scale, inputs.zero_point, bits=inputs.bits)
+def inference(call: Callable, *arguments, guard: Callable = torch.inference_mode, **options) -> Callable:
+    def run() -> torch.Tensor:
+        with guard():
+            return call(*arguments, **options)
+
+    return run
+
+
+def call_ours(kind: Kind, inputs: Inputs) -> Callable:
+    packed = inputs.packed, inputs.scale, inputs.zero_point
+    return inference(getattr(F, kind.op), inputs.x, *packed, bits=inputs.bits)
 
 
 def dense(dtype, inputs: Inputs) -> Callable:
-    return partial(torch.nn.functional.linear, inputs.x.to(dtype), inputs.weight.to(dtype))
+    return inference(torch.nn.functional.linear, inputs.x.to(dtype), inputs.weight.to(dtype))
+
+
+def copy_codes(inputs: Inputs) -> Callable:
+    return partial(torch.empty_like(inputs.packed).copy_, inputs.packed)
 
 
 def symmetric_codes(inputs: Inputs, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,21 +104,21 @@ def symmetric_codes(inputs: Inputs, levels: int) -> tuple[torch.Tensor, torch.Te
 
 def int8pack(inputs: Inputs) -> Callable:
     codes, scale = symmetric_codes(inputs, 127)
-    return partial(torch._weight_int8pack_mm, inputs.x, codes, scale.to(inputs.x.dtype))
+    return inference(torch._weight_int8pack_mm, inputs.x, codes, scale.to(inputs.x.dtype))
 
 
 def int4pack(inputs: Inputs) -> Callable:
-    """torch's own 4-bit product on our codes: w = (q - 8) * scale + offset, bf16 scale and offset."""
+    """torch's own 4-bit product on our codes: w = (q - 8) * scale + offset, both in the dtype of x."""
     group = GROUP[4]
     codes = unpack(inputs.packed, 4).to(torch.int32)
     offset = (8 - inputs.zero_point.float()) * inputs.scale
-    scales = torch.stack((inputs.scale, offset), -1).transpose(0, 1).contiguous().bfloat16()
+    scales = torch.stack((inputs.scale, offset), -1).transpose(0, 1).contiguous().to(inputs.x.dtype)
     if inputs.x.device.type == "cpu":
         packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-        return partial(torch._weight_int4pack_mm_for_cpu, inputs.x, packed, group, scales)
+        return inference(torch._weight_int4pack_mm_for_cpu, inputs.x, packed, group, scales)
     pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
     packed = torch._convert_weight_to_int4pack(pairs, 8)
-    return partial(torch._weight_int4pack_mm, inputs.x, packed, group, scales)
+    return inference(torch._weight_int4pack_mm, inputs.x, packed, group, scales)
 
 
 def plain_layer(inputs: Inputs, dtype: torch.dtype | None = None) -> nn.Sequential:
@@ -94,48 +136,46 @@ def dynamic_int8(inputs: Inputs) -> Callable:
     return inference(layer, inputs.x.float())
 
 
-def inference(layer: nn.Module, x: torch.Tensor) -> Callable:
-    def run() -> torch.Tensor:
-        with torch.inference_mode():
-            return layer(x)
-
-    return run
-
-
-def torchao(inputs: Inputs) -> Callable:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def torchao(kind: Kind, inputs: Inputs) -> Callable:
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
 
     layer = plain_layer(inputs)
-    quantize_(layer, Int8WeightOnlyConfig())
+    quantize_(layer, Int8DynamicActivationInt8WeightConfig() if kind.dynamic else Int8WeightOnlyConfig())
     return inference(layer, inputs.x)
 
 
-def quanto(inputs: Inputs) -> Callable:
+def quanto(kind: Kind, inputs: Inputs) -> Callable:
+    """4 bits under no_grad: with fp32 its tensors refuse inference mode."""
     from optimum.quanto import freeze, qint4, qint8, quantize
 
     layer = plain_layer(inputs)
-    quantize(layer, weights=qint8 if inputs.bits == 8 else qint4)
+    quantize(layer, weights=qint8 if kind.bits == 8 else qint4)
     freeze(layer)
-    return inference(layer, inputs.x)
+    guard = torch.inference_mode if kind.bits == 8 else torch.no_grad
+    return inference(layer, inputs.x, guard=guard)
 
 
-def bitsandbytes(inputs: Inputs) -> Callable:
+def bitsandbytes(kind: Kind, inputs: Inputs) -> Callable:
     """4 bits: NF4 with blocks of 64, its own format; 8 bits: LLM.int8."""
     import bitsandbytes
 
-    layer_type = bitsandbytes.nn.Linear8bitLt if inputs.bits == 8 else bitsandbytes.nn.Linear4bit
-    options = {"has_fp16_weights": False} if inputs.bits == 8 else {"compute_dtype": inputs.x.dtype}
+    layer_type = bitsandbytes.nn.Linear8bitLt if kind.bits == 8 else bitsandbytes.nn.Linear4bit
+    options = {"has_fp16_weights": False} if kind.bits == 8 else {"compute_dtype": inputs.x.dtype}
     out, columns = inputs.weight.shape
     layer = layer_type(columns, out, bias=False, **options)
     layer.load_state_dict({"weight": inputs.weight.cpu()})
     return inference(layer.to(inputs.x.device), inputs.x)
 
 
-# package -> (module that must import, bits it has, device types, call); bitsandbytes waits for the device
+# package -> (module that must import, kinds it has, device types, call); bitsandbytes waits for the device
 OPTIONAL = {
-    "torchao": ("torchao", (8,), ("cpu", "cuda"), torchao),
-    "optimum-quanto": ("optimum.quanto", (8, 4), ("cpu", "cuda"), quanto),
-    "bitsandbytes": ("bitsandbytes", (8, 4), ("cuda",), bitsandbytes),
+    "torchao": ("torchao", (INT8, DYNAMIC), ("cpu", "cuda"), torchao),
+    "optimum-quanto": ("optimum.quanto", (INT8, INT4), ("cpu", "cuda"), quanto),
+    "bitsandbytes": ("bitsandbytes", (INT8, INT4), ("cuda",), bitsandbytes),
 }
 
 
@@ -146,58 +186,55 @@ def imports(module: str) -> bool:
 LEFT_OUT = [name for name, (module, *_) in OPTIONAL.items() if not imports(module)]
 
 
-def contenders(batch, bits, dtype, device_type) -> list[Contender]:
-    ceiling = "F.linear bf16" if batch >= 256 else "copy_ codes"
-    found = [
-        *ours("int_linear", device_type, call_ours),
-        Contender("F.linear fp32", "peer", partial(dense, torch.float32)),
-        Contender("F.linear bf16", "peer", partial(dense, torch.bfloat16)),
-        Contender(
-            "copy_ codes",
-            "peer",
-            lambda inputs: partial(torch.empty_like(inputs.packed).copy_, inputs.packed),
-        ),
-    ]
-    found = [Contender(one.name, "ceiling", one.prepare) if one.name == ceiling else one for one in found]
-    if bits == 8:
-        found.append(Contender("_weight_int8pack_mm", "peer", int8pack))
-    if bits == 8 and device_type == "cpu":
+def contenders(kind: Kind, dtype, shape, batch, device_type) -> list[Contender]:
+    ceiling = Contender("copy_ codes", "ceiling", copy_codes)
+    if batch >= PRODUCT_BATCH:
+        ceiling = Contender("F.linear bf16", "ceiling", partial(dense, torch.bfloat16))
+    plain = Contender(f"F.linear {SHORT[dtype]}", "peer", partial(dense, dtype))
+    small = shape[0] * shape[1] <= REFERENCE_WEIGHTS
+    candidates = ours(kind.op, device_type, partial(call_ours, kind))
+    found = [one for one in candidates if one.role == "ours" or small]
+    found += [ceiling] if plain.name == ceiling.name else [plain, ceiling]
+    if device_type == "cuda" or dtype == torch.bfloat16 or batch <= PLAIN_LOOP_BATCH:
+        if kind is INT8:
+            found.append(Contender("_weight_int8pack_mm", "peer", int8pack))
+        if kind is INT4 and (device_type == "cpu" or dtype == torch.bfloat16):
+            found.append(Contender("_weight_int4pack_mm", "peer", int4pack))
+    if kind is DYNAMIC and dtype == torch.float32 and device_type == "cpu":
         found.append(Contender("quantize_dynamic", "peer", dynamic_int8))
-    if bits == 4 and dtype == torch.bfloat16:
-        found.append(Contender("_weight_int4pack_mm", "peer", int4pack))
-    for name, (_, their_bits, devices, prepare) in OPTIONAL.items():
-        if name not in LEFT_OUT and bits in their_bits and device_type in devices:
+    for name, (_, kinds, devices, prepare) in OPTIONAL.items():
+        if name not in LEFT_OUT and kind in kinds and device_type in devices:
             capture = name != "bitsandbytes"
-            found.append(Contender(f"{name} {version(name)}", "peer", prepare, capture=capture))
+            peer = Contender(f"{name} {version(name)}", "peer", partial(prepare, kind), capture=capture)
+            found.append(peer)
     return found
 
 
-def case(shape, batch, bits, dtype, quick=False) -> Case:
+def case(kind: Kind, dtype, shape, batch) -> Case:
     out, columns = shape
-    types = str(dtype).removeprefix("torch.")
-    codes, groups = out * columns * bits // 8, columns // (GROUP[bits] or columns)
+    codes, groups = out * columns * kind.bits // 8, columns // (GROUP[kind.bits] or columns)
+    size = f"{out}x{columns} batch {batch}"
     return Case(
-        op="int_linear",
-        name=f"{out}x{columns} batch {batch} int{bits} {types}",
-        shape=f"{out}x{columns} batch {batch}",
-        dtype=types,
+        op=kind.op,
+        name=f"{kind.name} {SHORT[dtype]}, {size}",
+        shape=size,
+        dtype=str(dtype).removeprefix("torch."),
         moved_bytes=codes + 5 * out * groups + batch * (out + columns) * dtype.itemsize,
         operations=2 * batch * out * columns,
-        inputs=partial(make_inputs, shape, batch, bits, dtype),
-        contenders=partial(contenders, batch, bits, dtype),
-        quick=quick,
+        inputs=partial(make_inputs, shape, batch, kind.bits, dtype),
+        contenders=partial(contenders, kind, dtype, shape, batch),
+        quick=shape == (4096, 4096) and batch in (1, 16) and dtype == torch.bfloat16,
     )
 
 
+SHAPES = ((768, 768), (3072, 768), (4096, 4096), (11008, 4096))  # out x in
+BATCHES = (1, 4, 16, 64, 256)
 CASES = [
-    case(shape, batch, bits, dtype, quick=shape[0] == 4096 and batch < 256)
-    for shape, dtype in (
-        ((3072, 768), torch.float32),
-        ((3072, 768), torch.bfloat16),
-        ((4096, 4096), torch.bfloat16),
-    )
-    for bits in (8, 4)
-    for batch in (1, 16, 256)
+    case(kind, dtype, shape, batch)
+    for kind in KINDS
+    for dtype in SHORT
+    for shape in SHAPES
+    for batch in BATCHES
 ]
 
 

@@ -144,17 +144,6 @@ def test_the_eager_formulas_compute_what_the_ops_do():
     assert torch.equal(dropped, (x * (1 / 0.75)) * kept.repeat_interleave(8, 1))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_peers_of_int_linear_compute_the_same_function(bits):
-    suite = importlib.import_module("bench_int_linear")
-    inputs = suite.make_inputs((64, 256), 16, bits, torch.bfloat16, CPU, random.randrange(2**31))
-    exact = suite.dense(torch.float32, inputs)()
-    for contender in suite.contenders(16, bits, torch.bfloat16, "cpu"):
-        if contender.name != "copy_ codes":
-            error = (contender.prepare(inputs)().float() - exact).norm() / exact.norm()
-            assert error < (0.03 if bits == 8 else 0.15), contender.name
-
-
 def test_folder_names_are_plain():
     assert environment.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert environment.folder_name("Intel(R) Xeon(R) Processor x2") == "intel-xeon-processor-x2"

@@ -1,8 +1,8 @@
 """How int_linear stands to its peers, from its CSV: `python bench/int_linear_ratios.py [CSV ...]`.
 
 For each class (what is quantized, and the dtype of activations): the geometric mean over shapes and batches
-of the time of the fastest peer over ours, and the point where that is lowest. Then 4 bits against 8 at batch 1.
-A peer is what computes the same layer; the copy of the codes is none.
+of the time of the fastest peer over ours, and the point where that is lowest. Then 4 bits against 8 at batch
+1. A peer is what computes the same layer; the copy of the codes is none.
 """
 
 import argparse

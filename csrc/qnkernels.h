@@ -86,6 +86,13 @@ QNK_API int qnk_cpu_int_linear(const void* x, int dtype, const uint8_t* weight, 
                                const uint8_t* zero_point, const float* bias, void* y, int64_t m, int64_t n,
                                int64_t k, int64_t groups, int bits);
 
+// The same with x in 8-bit codes: of the quantizer x_scale, x_zero_point (one value each), or, where they are null, of
+// each row's range. y = (sum over groups of fp32(exact sum) * scale) * x scale + bias.
+QNK_API int qnk_cpu_int_linear_quantized(const void* x, int dtype, const float* x_scale, const float* x_zero_point,
+                                         const uint8_t* weight, const float* scale, const uint8_t* zero_point,
+                                         const float* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t groups,
+                                         int bits);
+
 // grad_x [m, k] <- grad [m, n] @ ((q - z) * s).
 QNK_API int qnk_cpu_int_linear_backward(const void* grad, int dtype, const uint8_t* weight,
                                         const float* scale, const uint8_t* zero_point, void* grad_x,

@@ -104,6 +104,14 @@ int qnk_cpu_int_linear(const void* x, int dtype, const uint8_t* weight, const fl
     return table().int_linear(x, dtype, weight, scale, zero_point, bias, y, m, n, k, groups, bits);
 }
 
+int qnk_cpu_int_linear_quantized(const void* x, int dtype, const float* x_scale, const float* x_zero_point,
+                                 const uint8_t* weight, const float* scale, const uint8_t* zero_point,
+                                 const float* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t groups,
+                                 int bits) {
+    return table().int_linear_quantized(x, dtype, x_scale, x_zero_point, weight, scale, zero_point, bias, y, m, n, k,
+                                        groups, bits);
+}
+
 int qnk_cpu_int_linear_backward(const void* grad, int dtype, const uint8_t* weight, const float* scale,
                                 const uint8_t* zero_point, void* grad_x, int64_t m, int64_t n, int64_t k,
                                 int64_t groups, int bits) {

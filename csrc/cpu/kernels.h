@@ -12,6 +12,7 @@
     X(block_noise)                                                                                     \
     X(block_noise_centroid)                                                                            \
     X(int_linear)                                                                                      \
+    X(int_linear_quantized)                                                                            \
     X(int_linear_backward)                                                                             \
     X(int_embedding)                                                                                   \
     X(kmeans_assign)                                                                                   \

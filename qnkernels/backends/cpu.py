@@ -133,6 +133,17 @@ class CpuKernels:
         raise_for_status(status)
         return y
 
+    def int_linear_quantized(self, x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
+        (m, k), (n, groups) = x.shape, scale.shape
+        y = x.new_empty(m, n)
+        bias = None if bias is None else bias.float().contiguous()
+        status = self._c["int_linear_quantized"](
+            *(x.data_ptr(), DTYPES[x.dtype], _pointer(x_scale), _pointer(x_zero_point), weight.data_ptr()),
+            *(scale.data_ptr(), _pointer(zero_point), _pointer(bias), y.data_ptr(), m, n, k, groups, bits),
+        )
+        raise_for_status(status)
+        return y
+
     def int_linear_backward(self, grad, weight, scale, zero_point, bits):
         (m, n), groups = grad.shape, scale.shape[1]
         k = weight.shape[1] * 8 // bits

@@ -43,6 +43,7 @@ CPU_ARGTYPES = {
         *(POINTER, SIZE, ctypes.c_int32, POINTER),
     ],
     "int_linear": [*(POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER), SIZE, SIZE, SIZE, SIZE, INT],
+    "int_linear_quantized": [POINTER, INT, *[POINTER] * 7, SIZE, SIZE, SIZE, SIZE, INT],
     "int_linear_backward": [*(POINTER, INT, POINTER, POINTER, POINTER, POINTER), SIZE, SIZE, SIZE, SIZE, INT],
     "int_embedding": [POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, INT, SIZE, SIZE, SIZE, INT],
     "kmeans_assign": [POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER],

@@ -180,16 +180,25 @@ def test_every_noisy_layer_is_captured_whole(kind, noise):
     assert torch.equal(compiled(x), eager(x))
 
 
-PACKED = [qnk.Int8WeightOnlyConfig(), qnk.Int4WeightOnlyConfig(group_size=4, symmetric=True)]
+PACKED = [
+    qnk.Int8WeightOnlyConfig(),
+    qnk.Int4WeightOnlyConfig(group_size=4, symmetric=True),
+    qnk.Int8DynamicConfig(),
+    qnk.Int8StaticConfig(),
+]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("config", PACKED)
-@pytest.mark.parametrize("kind", ["linear", "embedding"])
+@pytest.mark.parametrize("config", PACKED, ids=["int8", "int4", "dynamic", "static"])
+@pytest.mark.parametrize("kind", LAYERS)
 def test_every_packed_layer_is_captured_whole(kind, config):
     make, data = LAYERS[kind]
     torch.manual_seed(0)
-    layer, x = qnk.quantize_(make(), config), data()
+    layer, x = make(), data()
+    if kind != "embedding":
+        with qnk.calibrate(layer, observer="minmax"):
+            layer(0.5 * x)
+    qnk.quantize_(layer, config)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     if x.is_floating_point():
         x.requires_grad_()

@@ -9,7 +9,8 @@ from .noisy import check_weight
 from .packed import PackedWeight, pack_weight
 from .packed_product import PackedProduct
 
-FEW_POSITIONS = 16
+# up to so many output positions the product with codes was the faster one (256x256x3x3 and 512x512x1x1, CPU)
+FEW_POSITIONS = 8
 PATCH_ELEMENTS = 1 << 24  # of the patches that are in memory at once: 64 MiB in fp32
 
 
@@ -64,12 +65,18 @@ class IntConv2d(ConvGeometry, PackedProduct):
             return self.forward(x[None])[0]
         x = self._padded(x)
         if self.activations == "float" and not self._has_few_positions(x):
-            return self._convolved(x, self.weight, self.bias)
+            return self._convolved(x, self._filters(x.dtype), self.bias)
         height, width = self._output_size(x)
         images = max(1, PATCH_ELEMENTS // max(1, height * width * self._columns()))
         if torch.compiler.is_compiling() or len(x) <= images:
             return self._image(self._products(x), x)
         return torch.cat([self._image(self._products(part), part) for part in x.split(images)])
+
+    def _filters(self, dtype: torch.dtype) -> torch.Tensor:
+        """The decoded filters: a table of which all rows are asked for, in one pass of its kernel."""
+        rows = torch.arange(self.out_channels, device=self.weight_packed.device)
+        table = (self.weight_packed, self.scale, self.zero_point, self.bits)
+        return functional.int_embedding(rows, *table, dtype=dtype).view(self.filter_shape)
 
     def _columns(self) -> int:
         return self.in_channels * self.kernel_size[0] * self.kernel_size[1]

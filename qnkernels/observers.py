@@ -100,7 +100,7 @@ class Histogram(Observer):
         filled = self.counts > 0
         counts, centers = self.counts[filled], torch.stack((magnitudes, -magnitudes))[filled]
         extremes = torch.tensor([self.low]), torch.tensor([self.high])
-        low, high = least_error_range(counts.double()[None], centers[None], *extremes, BITS)
+        low, high = least_error_range(counts.double()[None], centers[None], *extremes, torch.tensor(BITS))
         return low.item(), high.item()
 
 

@@ -68,7 +68,7 @@ def least_error_range(
     centers: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor,
-    bits: torch.Tensor | int,
+    bits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The search of `histogram_range`: counts (float64) and centers of bins [rows, bins], low <= 0 and
     high >= 0 [rows] -> low and high [rows].

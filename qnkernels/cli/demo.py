@@ -49,7 +49,8 @@ def demo(
 
     Seven trainings: full precision, then for int4, int8 and product quantization (iPQ) with all weights
     quantized (QAT) and with some of them (Quant-Noise). The iPQ models are quantized in stages and finetuned
-    after each. Prints one table; writes results.json, perplexity.png and the compressed checkpoints. Ctrl-C
+    after each. int8-dynamic and int8-static also quantize the activations of the model trained in full
+    precision. Prints one table; writes results.json, perplexity.png and the compressed checkpoints. Ctrl-C
     keeps what is finished.
     """
     with clear_errors(ValueError, OSError, FloatingPointError):
@@ -114,7 +115,8 @@ def _megabytes(size: int) -> str:
 def table(results: Results) -> Table:
     """One row per model, in 80 columns; the best of each precision in bold."""
     tuned = {row.precision: row.finetuning for row in results.rows if row.finetuning}
-    text = Table(title=results.title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    narrow = dict(pad_edge=False, collapse_padding=True)
+    text = Table(title=results.title, box=box.SIMPLE_HEAD, title_justify="left", **narrow)
     text.add_column("", no_wrap=True)
     text.add_column("method", no_wrap=True)
     untuned = ["untuned"] if tuned else []

@@ -16,7 +16,21 @@ from ..backends import serving
 from ..checkpoint import load_compressed, save_compressed
 from ..quantize import quantize_, remove_noise_
 from .files import make_folder, write_text
-from .methods import BLOCK_SIZE, CENTROIDS, FULL, NAMES, PRODUCTS, STAGES, Variant, chosen, stages
+from .methods import (
+    BLOCK_SIZE,
+    CALIBRATION_WINDOWS,
+    CENTROIDS,
+    FULL,
+    INT8_STATIC,
+    NAMES,
+    OBSERVER,
+    PRODUCTS,
+    STAGES,
+    Variant,
+    calibrate_on,
+    chosen,
+    stages,
+)
 from .plot import draw
 from .results import Finetuning, Results, Row
 from .text import Text, TextError, load, standard_library
@@ -187,6 +201,8 @@ class _Demo:
         if variant.precision in PRODUCTS:
             finetuning = self._product_quantize(exported, variant, steps)
         elif (config := variant.export()) is not None:
+            if variant.precision == INT8_STATIC:
+                calibrate_on(exported, self.train_tokens, self.preset.batch)
             quantize_(exported, config)
         path = self.settings.out / CHECKPOINTS / variant.file_name
         save_compressed(exported, path)
@@ -278,8 +294,9 @@ class _Demo:
     def _settings(self) -> dict:
         preset = asdict(self.preset) | {"steps": self.steps, "finetuning_steps": self.finetuning_steps}
         product = {"stages": STAGES, "block_size": BLOCK_SIZE, "centroids": CENTROIDS}
+        calibration = {"observer": OBSERVER, "windows": CALIBRATION_WINDOWS}
         choice = {name: getattr(self.settings, name) for name in ("preset", "seed", "methods")}
-        return {**choice, **preset, "product_quantization": product}
+        return {**choice, **preset, "product_quantization": product, "calibration": calibration}
 
     def _environment(self) -> dict:
         return {

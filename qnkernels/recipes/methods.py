@@ -2,18 +2,24 @@
 
 All from the same initial weights on the same data in the same order, and all compressed alike: the scalar
 ones with one range per weight matrix, from its smallest to its largest value (Quant-Noise, arXiv 2004.07320,
-section 4.2), the product-quantized ones in the same stages with the same finetuning (section 3.2).
+section 4.2), the product-quantized ones in the same stages with the same finetuning (section 3.2). int8 is
+served in three ways: weights only, and with activations in 8 bits over ranges of their own (dynamic) or
+over those of some training text (static).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from ..calibrate import calibrate
 from ..ipq import IPQ
 from ..product import ProductNoiseConfig
-from ..ptq import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+from ..ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig
 from ..scalar import ScalarNoiseConfig
+from .training import windows
+from .transformer import LanguageModel
 
 METHODS = FULL_PRECISION, AFTER_TRAINING, QAT, QUANT_NOISE = (
     "full precision",
@@ -21,9 +27,19 @@ METHODS = FULL_PRECISION, AFTER_TRAINING, QAT, QUANT_NOISE = (
     "QAT",
     "Quant-Noise",
 )
-PRECISIONS = FP32, INT8, INT4, PRODUCT, PRODUCT_INT8 = ("fp32", "int8", "int4", "iPQ", "iPQ+int8")
+PRECISIONS = FP32, INT8, INT8_DYNAMIC, INT8_STATIC, INT4, PRODUCT, PRODUCT_INT8 = (
+    *("fp32", "int8", "int8-dynamic", "int8-static", "int4"),
+    *("iPQ", "iPQ+int8"),
+)
 PRODUCTS = (PRODUCT, PRODUCT_INT8)  # the second with codewords and activations in int8
 NAMES = tuple(name.lower() for name in PRECISIONS)  # as --methods takes them
+EXPORTS = {
+    INT8: Int8WeightOnlyConfig,
+    INT8_DYNAMIC: Int8DynamicConfig,
+    INT8_STATIC: Int8StaticConfig,
+    INT4: Int4WeightOnlyConfig,
+}
+CALIBRATION_WINDOWS, OBSERVER = 256, "ema_minmax"  # of training text, for the ranges of int8-static
 UPDATE_EVERY = 10  # training forwards between two looks at a weight's range
 
 STAGES = (r"fc[12]", r"embedding", r"attention")
@@ -70,17 +86,27 @@ class Variant:
             REST: ProductNoiseConfig(BLOCK_SIZE, self.p, n_centroids=CENTROIDS["*"], **options),
         }
 
-    def export(self) -> Int8WeightOnlyConfig | Int4WeightOnlyConfig | None:
+    def export(self) -> Int8WeightOnlyConfig | None:
         """What the layers are stored as; None for full precision and for those that go through `stages`."""
-        if self.precision in (FP32, *PRODUCTS):
+        if self.precision not in EXPORTS:
             return None
-        config = {INT8: Int8WeightOnlyConfig, INT4: Int4WeightOnlyConfig}[self.precision]
-        return config(per="tensor", group_size=None)
+        return EXPORTS[self.precision](per="tensor", group_size=None)
 
 
 def stages(model: nn.Module, precision: str, seed: int) -> IPQ:
     """The loop that product-quantizes a plain model of the demo; precision: of PRODUCTS."""
     return IPQ(model, STAGES, BLOCK_SIZE, CENTROIDS, seed=seed, int8=precision == PRODUCT_INT8)
+
+
+@torch.no_grad()
+def calibrate_on(model: LanguageModel, tokens: torch.Tensor, batch: int) -> None:
+    """Record the ranges of activations in windows spread evenly over the training text, `batch` at a time."""
+    context = model.shape.context
+    count = min(CALIBRATION_WINDOWS, len(tokens) // context)
+    starts = torch.linspace(0, len(tokens) - context, count, device=tokens.device).long()
+    with calibrate(model, OBSERVER):
+        for some in starts.split(batch):
+            model(windows(tokens, some, context))
 
 
 FULL = Variant(FULL_PRECISION, FP32)
@@ -90,7 +116,7 @@ Training = tuple[Variant, tuple[Variant, ...]]
 
 # The most telling come first, for those who do not wait for all.
 TRAININGS: tuple[Training, ...] = (
-    (FULL, (FULL, *(Variant(AFTER_TRAINING, precision) for precision in (INT8, INT4, PRODUCT)))),
+    (FULL, (FULL, *(Variant(AFTER_TRAINING, precision) for precision in (*EXPORTS, PRODUCT)))),
     *((variant, (variant,)) for variant in (Variant(QUANT_NOISE, INT4, 0.5), Variant(QAT, INT4, 1.0))),
     (
         Variant(QUANT_NOISE, PRODUCT, PROXY_RATE),

@@ -31,7 +31,18 @@ def text(tmp_path: Path) -> Path:
 def test_prints_a_table(text: Path, tmp_path: Path) -> None:
     result = runner.invoke(app, ["demo", "--preset=tiny", f"--data={text}", f"--out={tmp_path / 'out'}"])
     assert result.exit_code == 0, result.output
-    for word in ("fp32", "int8", "int4", "iPQ", "full precision", "after training", "QAT", "Quant-Noise"):
+    for word in (
+        "fp32",
+        "int8",
+        "int8-dynamic",
+        "int8-static",
+        "int4",
+        "iPQ",
+        "full precision",
+        "after training",
+        "QAT",
+        "Quant-Noise",
+    ):
         assert word in result.stdout
     assert "untuned: without finetuning, 1 steps" in result.stdout and "…" not in result.stdout
     assert "11/11 int8 QAT" in result.stderr and "2/2" in result.stderr
@@ -58,7 +69,7 @@ def test_methods_choose_rows(text: Path, tmp_path: Path) -> None:
 
 def test_help_names_the_methods() -> None:
     result = runner.invoke(app, ["demo", "--help"], env={"COLUMNS": "200"})
-    assert "fp32, int8, int4, ipq, ipq+int8" in result.stdout
+    assert "fp32, int8, int8-dynamic, int8-static, int4, ipq, ipq+int8" in result.stdout
 
 
 def test_json_is_results_json(text: Path, tmp_path: Path) -> None:
@@ -67,7 +78,7 @@ def test_json_is_results_json(text: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert printed == json.loads((tmp_path / "results.json").read_text())
-    assert len(printed["rows"]) == 11 and printed["settings"]["steps"] == 3
+    assert len(printed["rows"]) == 13 and printed["settings"]["steps"] == 3
     assert printed["environment"]["torch"] and printed["text"]["validation_files"] == [str(text)]
 
 
@@ -95,7 +106,11 @@ def test_ctrl_c_prints_what_is_finished(text: Path, tmp_path: Path, monkeypatch:
     [
         (["--data=missing.txt"], "missing.txt: cannot be read (No such file or directory)"),
         (["--preset=huge"], "preset: expected one of tiny, small, base, got 'huge'"),
-        (["--methods=int8,int2"], "methods: expected some of fp32, int8, int4, ipq, ipq+int8, got 'int2'"),
+        (
+            ["--methods=int8,int2"],
+            "methods: expected some of fp32, int8, int8-dynamic, int8-static, int4, ipq, ipq+int8, "
+            "got 'int2'",
+        ),
         (["--steps=0"], "steps: expected at least 1, got 0"),
         (["--device=nowhere"], "device: expected cpu or a GPU that is there, got 'nowhere'"),
     ],

@@ -13,12 +13,15 @@ import qnkernels as qnk
 from qnkernels.recipes import demo
 from qnkernels.recipes.methods import (
     BLOCK_SIZE,
+    CALIBRATION_WINDOWS,
     CENTROIDS,
     METHODS,
+    NAMES,
     PRODUCTS,
     STAGES,
     TRAININGS,
     Variant,
+    calibrate_on,
     chosen,
     stages,
 )
@@ -33,7 +36,8 @@ LABELS = [
     for trained, variants in TRAININGS
     for label in (trained.label, *(f"tuning {v.label}" for v in variants if v.precision in PRODUCTS))
 ]
-BITS = {"fp32": 32, "int8": 8, "int4": 4}
+ACTIVATIONS = {"int8": "float", "int8-dynamic": "dynamic", "int8-static": "static", "int4": "float"}
+BITS = {"fp32": 32, **dict.fromkeys(ACTIVATIONS, 8), "int4": 4}
 
 
 class Silent:
@@ -91,7 +95,9 @@ def test_end_to_end(settings: demo.Settings) -> None:
     assert results.note == ""
     assert [(row.precision, row.method) for row in results.rows] == [
         ("fp32", "full precision"),
-        *((precision, method) for precision in ("int8", "int4", "iPQ") for method in METHODS[1:]),
+        *(("int8", method) for method in METHODS[1:]),
+        *((precision, "after training") for precision in ("int8-dynamic", "int8-static")),
+        *((precision, method) for precision in ("int4", "iPQ") for method in METHODS[1:]),
         ("iPQ+int8", "Quant-Noise"),
     ]
     assert json.loads((settings.out / demo.RESULTS).read_text()) == json.loads(json.dumps(results.to_json()))
@@ -117,14 +123,20 @@ def test_checkpoints_reload_to_what_the_table_says(settings: demo.Settings) -> N
         packed = [layer for layer in model.modules() if hasattr(layer, "weight_packed")]
         products = [layer for layer in model.modules() if hasattr(layer, "codebook")]
         assert all(layer.bits == BITS[row.precision] for layer in packed)
+        activations = {layer.activations for layer in packed if layer is not model.embedding}
+        assert activations == ({ACTIVATIONS[row.precision]} if packed else set())
         counts = {"fp32": (0, 0), "iPQ": (0, 6), "iPQ+int8": (0, 6)}
         assert (len(packed), len(products)) == counts.get(row.precision, (6, 0))
         assert all(layer.block_size == BLOCK_SIZE for layer in products)
         assert all(layer.activations == (row.precision == "iPQ+int8") for layer in products)
         logits[row.precision, row.method] = model(tokens).detach()
     full = logits["fp32", "full precision"]
-    errors = {name: (logits[name, "after training"] - full).norm() / full.norm() for name in ("int8", "int4")}
+    after = {name: logits[name, "after training"] for name in ACTIVATIONS}
+    errors = {name: (theirs - full).norm() / full.norm() for name, theirs in after.items()}
     assert 0 < errors["int8"] < 0.02 < errors["int4"] < 0.5
+    # most of these tokens are none of the text, whose ranges clamp them
+    assert 0 < errors["int8-dynamic"] < 0.03 and 0 < errors["int8-static"] < 0.3
+    assert len({theirs.norm().item() for theirs in after.values()}) == 4
     for name in ("int4", "iPQ"):
         assert not torch.equal(logits[name, "QAT"], logits[name, "Quant-Noise"])
 
@@ -180,7 +192,7 @@ def test_a_seed_gives_the_same_numbers(settings: demo.Settings) -> None:
 
 @pytest.mark.parametrize(
     ("stop_at", "finished"),
-    [((2, 1), 3), ((2, 3), 3), ((3, 2), 4), ((6, 1), 6), ((7, 2), 7)],
+    [((2, 1), 5), ((2, 3), 5), ((3, 2), 6), ((6, 1), 8), ((7, 2), 9)],
 )
 def test_ctrl_c_keeps_what_is_finished(
     settings: demo.Settings, stop_at: tuple[int, int], finished: int
@@ -189,7 +201,7 @@ def test_ctrl_c_keeps_what_is_finished(
     label = LABELS[stop_at[0] - 1]
     kind = "finetuning" if label.startswith("tuning") else "training"
     name = label.removeprefix("tuning ")
-    assert results.note == f"stopped during the {kind} {name!r}: {finished} of 11 models are finished"
+    assert results.note == f"stopped during the {kind} {name!r}: {finished} of 13 models are finished"
     written = json.loads((settings.out / demo.RESULTS).read_text())
     assert written["note"] == results.note and len(written["rows"]) == finished
     assert (settings.out / demo.PICTURE).exists()
@@ -198,7 +210,7 @@ def test_ctrl_c_keeps_what_is_finished(
 
 def test_ctrl_c_before_anything_is_finished_writes_no_results(settings: demo.Settings) -> None:
     results = demo.run(settings, Silent((1, 1)))
-    assert results.note == "stopped during the training 'full precision': 0 of 11 models are finished"
+    assert results.note == "stopped during the training 'full precision': 0 of 13 models are finished"
     assert not (settings.out / demo.RESULTS).exists() and not (settings.out / demo.PICTURE).exists()
 
 
@@ -209,9 +221,12 @@ def test_ctrl_c_before_anything_is_finished_writes_no_results(settings: demo.Set
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         (
             {"methods": ("int8", "pq")},
-            r"methods: expected some of fp32, int8, int4, ipq, ipq\+int8, got 'pq'",
+            r"methods: expected some of fp32, int8, .*, int4, ipq, ipq\+int8, got 'pq'",
         ),
-        ({"methods": ()}, r"methods: expected some of fp32, int8, int4, ipq, ipq\+int8, got none"),
+        (
+            {"methods": ()},
+            r"methods: expected some of fp32, int8, int8-dynamic, int8-static, int4, .*, got none",
+        ),
         ({"seed": -1}, r"seed: expected an integer in \[0, 2\^63\), got -1"),
         ({"device": "tpu9"}, "device: expected cpu or a GPU that is there, got 'tpu9'"),
         ({"device": "cuda:77"}, "device: expected cpu or a GPU that is there, got 'cuda:77'"),
@@ -270,15 +285,29 @@ def test_qat_trains_with_as_many_codewords_as_product_quantization_has() -> None
     [
         (("fp32",), ["fp32"], 1),
         (("int8",), ["fp32", "int8", "int8", "int8"], 3),
+        (("int8-static", "int8-dynamic"), ["fp32", "int8-dynamic", "int8-static"], 1),
         (("ipq", "fp32"), ["fp32", "iPQ", "iPQ", "iPQ"], 3),
         (("ipq+int8",), ["fp32", "iPQ+int8"], 2),
-        (("fp32", "int8", "int4", "ipq", "ipq+int8"), [variant.precision for variant in VARIANTS], 7),
+        (NAMES, [variant.precision for variant in VARIANTS], 7),
     ],
 )
 def test_methods_choose_rows(names: tuple[str, ...], precisions: list[str], trainings: int) -> None:
     plan = chosen(names)
     assert [variant.precision for _, variants in plan for variant in variants] == precisions
     assert len(plan) == trainings and plan[0][0].precision == "fp32"
+
+
+@pytest.mark.parametrize(("length", "windows"), [(100_000, CALIBRATION_WINDOWS), (48 * 7 + 5, 7), (48, 1)])
+def test_calibration_sees_windows_of_all_the_text(length: int, windows: int) -> None:
+    model, seen = LanguageModel(SHAPE).eval(), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    calibrate_on(model, torch.arange(length) % 300, batch=5)
+    tokens = torch.cat(seen)
+    assert tokens.shape == (windows, 48) and len(seen[0]) == min(5, windows)
+    assert tokens[0, 0] == 0 and (windows == 1 or tokens[-1, -1] == (length - 1) % 300)
+    qnk.quantize_(model, qnk.Int8StaticConfig())
+    scales = [layer.x_scale.item() for layer in model.modules() if hasattr(layer, "x_scale")]
+    assert len(scales) == 5 and min(scales) > 0 and len(set(scales)) > 3
 
 
 def test_stages_take_every_weight_matrix() -> None:

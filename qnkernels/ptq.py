@@ -68,7 +68,11 @@ class Int8WeightOnlyConfig:
 
 @dataclass(frozen=True)
 class Int4WeightOnlyConfig(Int8WeightOnlyConfig):
-    """As Int8WeightOnlyConfig, over 4-bit codes. group_size=None: one scale per output channel."""
+    """As Int8WeightOnlyConfig, over 4-bit codes. group_size=None: one scale per output channel.
+
+    Rows must have an even number of weights, and a multiple of group_size; `filter_fn` leaves out layers,
+    filters of 3 x 3 x 3 say, that have not.
+    """
 
     group_size: int | None = 128
 

@@ -19,11 +19,15 @@ from torch import nn
 from ..checkpoint import load_compressed, save_compressed
 from ..container import FORMAT
 from ..nn.packed import PackedLayer
-from ..ptq import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+from ..ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8WeightOnlyConfig
 from ..quantize import quantize_
 from .console import clear_errors, megabytes, out, print_json
 
-CONFIGS = {8: Int8WeightOnlyConfig, 4: Int4WeightOnlyConfig}
+CONFIGS = {
+    (8, "float"): Int8WeightOnlyConfig,
+    (4, "float"): Int4WeightOnlyConfig,
+    (8, "dynamic"): Int8DynamicConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ def compress(
     checkpoint: Annotated[Path, typer.Argument(help="Weights, .safetensors.")],
     model: Annotated[str, typer.Option(help="module:function that builds the model, unquantized.")],
     bits: Annotated[int, typer.Option(help="8 or 4.")] = 8,
+    activations: Annotated[
+        str, typer.Option(help="float, or dynamic: 8 bits, too, over the range of each token.")
+    ] = "float",
     per: Annotated[str, typer.Option(help="One scale per channel or tensor.")] = "channel",
     group_size: Annotated[int | None, typer.Option(help="One scale per so many weights of a row.")] = None,
     observer: Annotated[
@@ -52,21 +59,21 @@ def compress(
         list[str] | None, typer.Option(help="Leave layers whose name matches; regular expression.")
     ] = None,
     target: Annotated[
-        Path | None, typer.Option("--out", help="Default: CHECKPOINT with -int8 or -int4.")
+        Path | None, typer.Option("--out", help="Default: CHECKPOINT with -int8, -int4 or -int8-dynamic.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Quantize the Linear and Embedding layers of a saved model to int8 or int4, after training.
+    """Quantize the Linear, Embedding and Conv2d layers of a saved model to int8 or int4, after training.
 
     Writes one file for qnkernels.load_compressed and prints what became of each layer. Nothing is
     unpickled.
     """
     with clear_errors(ValueError, TypeError, OSError):
-        if bits not in CONFIGS:
-            raise ValueError(f"bits: expected one of {sorted(CONFIGS)}, got {bits}")
-        config = CONFIGS[bits](group_size=group_size, symmetric=symmetric, observer=observer, per=per)
+        choose = config_class(bits, activations)
+        config = choose(group_size=group_size, symmetric=symmetric, observer=observer, per=per)
         plain = load_weights(build(model), checkpoint)
-        target = target or checkpoint.with_name(f"{checkpoint.stem}-int{bits}.safetensors")
+        kind = f"int{bits}" + ("" if activations == "float" else f"-{activations}")
+        target = target or checkpoint.with_name(f"{checkpoint.stem}-{kind}.safetensors")
         if target.resolve() == checkpoint.resolve():
             raise ValueError(f"out: expected another file than the checkpoint, got {target}")
         report = compress_model(plain, config, patterns(skip or []))
@@ -81,6 +88,15 @@ def compress(
         print_json(summary)
     else:
         out.print(table(report, summary))
+
+
+def config_class(bits: int, activations: str) -> type[Int8WeightOnlyConfig]:
+    if bits not in (8, 4):
+        raise ValueError(f"bits: expected one of [4, 8], got {bits}")
+    known = [name for width, name in CONFIGS if width == bits]
+    if activations not in known:
+        raise ValueError(f"activations: expected one of {known} with {bits} bits, got {activations!r}")
+    return CONFIGS[bits, activations]
 
 
 def build(factory: str) -> nn.Module:

@@ -79,6 +79,35 @@ def test_the_file_is_the_model_quantized(
     assert torch.equal(loaded(tokens), qnk.quantize_(model, config).eval()(tokens))
 
 
+def test_activations(model: Model, checkpoint: Path) -> None:
+    summary = compress(checkpoint, "--activations=dynamic")
+    path = checkpoint.with_name("weights-int8-dynamic.safetensors")
+    assert summary["file"] == str(path)
+    tokens = torch.randint(0, 33, (3, 7))
+    loaded = qnk.load_compressed(Model(), path).eval()
+    assert loaded.inner.activations == "dynamic"
+    assert torch.equal(loaded(tokens), qnk.quantize_(model, qnk.Int8DynamicConfig()).eval()(tokens))
+
+
+def test_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(12)
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 2), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    monkeypatch.setattr("compress_me.build", make)
+    model = make()
+    save_model(model, tmp_path / "conv.safetensors")
+    layers = compress(tmp_path / "conv.safetensors", "--bits=4")["layers"]
+    assert [layer["shape"] for layer in layers] == [[8, 3, 2, 2], [4, 8, 1, 1]]
+    for layer, conv in zip(layers, (model[0], model[2]), strict=True):
+        weight = conv.weight.detach()
+        decoded = qnk.nn.IntConv2d.from_conv2d(conv, bits=4).weight
+        assert layer["error"] == pytest.approx(((decoded - weight).norm() / weight.norm()).item(), rel=1e-4)
+        assert layer["before"] == weight.numel() * 4
+        assert layer["after"] == weight.numel() // 2 + len(weight) * 5
+
+
 def test_report_of_layers(model: Model, checkpoint: Path) -> None:
     layers = {layer["name"]: layer for layer in compress(checkpoint, "--bits=4")["layers"]}
     assert list(layers) == ["embedding", "inner"]  # the head shares the weight of the embedding
@@ -121,6 +150,12 @@ def fails(message: str, *arguments: object) -> None:
 def test_bad_input(checkpoint: Path, tmp_path: Path) -> None:
     model = f"--model={FACTORY}"
     fails("bits: expected one of [4, 8], got 3", checkpoint, model, "--bits=3")
+    dynamic, known = (
+        "--activations=dynamic",
+        "activations: expected one of ['float'] with 4 bits, got 'dynamic'",
+    )
+    fails(known, checkpoint, model, "--bits=4", dynamic)
+    fails("['float', 'dynamic'] with 8 bits, got 'static'", checkpoint, model, "--activations=static")
     fails("checkpoint: no such file", tmp_path / "none.safetensors", model)
     fails("model: expected module:function, got 'nothing'", checkpoint, "--model=nothing")
     fails("model: no_such_module:build: No module named", checkpoint, "--model=no_such_module:build")

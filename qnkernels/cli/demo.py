@@ -128,7 +128,8 @@ def table(results: Results) -> Table:
     }
     previous = None
     for row in results.rows:
-        if previous not in (None, row.precision):
+        # int8, int8-dynamic and int8-static stay together
+        if previous and previous.split("-")[0] != row.precision.split("-")[0]:
             text.add_section()
         style = "bold" if row.perplexity == best[row.precision] and row.precision != FP32 else ""
         untuned = f"{row.finetuning.perplexity_without:.3f}" if row.finetuning else ""

@@ -43,7 +43,8 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
         if points:
             axes.plot(*zip(*sorted(points.values()), strict=True), label=method, marker=marker, **style)
         for precision, point in apart.items():
-            style |= dict(linestyle="", fillstyle="none", marker=APART[precision][1])
+            # larger and on top: the point of the solid marker is often the same
+            style |= dict(linestyle="", fillstyle="none", marker=APART[precision][1], markersize=11, zorder=3)
             axes.plot(*point, label=f"{method}, {precision}", **style)
     for row in full:
         axes.plot(row.bytes / 1e6, row.perplexity, FULL[1], color=FULL[0], markersize=7, label=row.method)

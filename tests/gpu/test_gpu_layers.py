@@ -134,6 +134,37 @@ def test_packed_layers_agree_with_the_cpu(device, config):
     torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("observer", ["minmax", "ema_minmax", "percentile", "histogram"])
+def test_calibration_sees_what_it_sees_on_the_cpu(device, model, observer):
+    """The input of the convolution, rows of the table, is the same on both."""
+    other = copy.deepcopy(model).cpu()
+    for turned in (model, other):
+        tokens, _ = task(next(turned.parameters()).device)
+        with torch.no_grad(), qnk.calibrate(turned, observer):
+            for part in tokens.split(40):
+                turned(part)
+    assert model.convolution.input_range == other.convolution.input_range
+    for name in ("hidden", "head"):
+        actual, expected = (net.get_submodule(name).input_range for net in (model, other))
+        assert actual.low == pytest.approx(expected.low, rel=1e-2, abs=1e-6)
+        assert actual.high == pytest.approx(expected.high, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "config", [qnk.Int8WeightOnlyConfig(), qnk.Int8DynamicConfig(), qnk.Int8StaticConfig()]
+)
+def test_integer_layers_and_convolutions_agree_with_the_cpu(device, model, config):
+    """But for activations that round to the neighbouring level."""
+    model.cpu()
+    tokens, _ = task("cpu")
+    with torch.no_grad():
+        with qnk.calibrate(model, "minmax"):
+            model(tokens)
+        expected = qnk.quantize_(model, config)(tokens)
+        actual = model.to(device)(tokens.to(device)).cpu()
+    assert (actual - expected).norm() < 2e-3 * expected.norm()
+
+
 def test_gradients_of_product_quantized_layers_agree_with_the_cpu(device, model):
     """Embedding, convolution and linear: codebooks and biases; the same bit for bit in a second run."""
     qnk.quantize_(model, qnk.PQConfig(block_size=4, n_centroids=32))

@@ -86,10 +86,14 @@ def parameters() -> Calls:
 
 
 def int_layers() -> Calls:
-    """Few and many rows; one group, aligned groups with zero points, and groups of odd sizes."""
-    one_group, groups, odd_groups = (64, 256, 1, False), (64, 256, 2, True), (65, 250, 25, True)
+    """Few and many rows; one group, groups of a tile and of several, with zero points, and of odd sizes; so
+    many tiles that nothing is split.
+    """
+    one_group, odd_groups = (64, 256, 1, False), (65, 250, 25, True)
+    groups, long_groups, many_outs = (64, 256, 2, True), (64, 2048, 2, True), (1 << 16, 256, 1, True)
     for dtype, bits in product(FLOATS, (4, 8)):
-        for n, k, count, has_zero in (groups, odd_groups, *((one_group,) if dtype != F16 else ())):
+        shapes = (groups, odd_groups, long_groups, *((one_group, many_outs) if dtype != F16 else ()))
+        for n, k, count, has_zero in shapes:
             scale = torch.empty(n, count)
             zero_point = torch.empty(n, count, dtype=torch.uint8) if has_zero else None
             packed = (torch.empty(n, k * bits // 8, dtype=torch.uint8), scale, zero_point)
@@ -97,6 +101,11 @@ def int_layers() -> Calls:
                 bias = torch.empty(n) if has_zero else None
                 yield "int_linear", (torch.empty(m, k, dtype=dtype), *packed, bias, bits)
                 yield "int_linear_backward", (torch.empty(m, n, dtype=dtype), *packed, bits)
+            static = torch.empty(()), torch.empty(())
+            for m, quantizer in ((1, (None, None)), (64, static), (128, (None, None))):
+                bias = torch.empty(n) if has_zero else None
+                x = torch.empty(m, k, dtype=dtype)
+                yield "int_linear_quantized", (x, *packed, bias, bits, *quantizer)
             indices = torch.zeros(3, dtype=torch.int64)
             yield "int_embedding", (indices, *packed, bits, dtype)
             if count == 1:

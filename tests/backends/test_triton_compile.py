@@ -52,8 +52,10 @@ def test_every_kernel_compiles_without_spills():
         compiled = [one for one in report["kernels"] if one["arch"] == arch]
         names = {one["kernel"].removesuffix("_kernel") for one in compiled}
         assert {"fake_quantize", "block_noise", "minmax", "search", "int_linear", "int_embedding"} <= names
+        assert {"int_linear_quantized", "quantize_rows"} <= names
         assert {"kmeans_assign", "kmeans_update", "pq_linear", "pq_embedding", "nearest_codeword"} <= names
-        assert all(0 < one["registers"] <= 255 and one["shared"] <= 48 * 1024 for one in compiled)
+        # 99 KiB of shared memory: what a program may have on every GPU since sm_80
+        assert all(0 < one["registers"] <= 255 and one["shared"] <= 99 * 1024 for one in compiled)
     if shutil.which("nvcc"):
         sources = {one["kernel"] for one in report["kernels"] if one["arch"] == "sm_90a"}
         assert "fake_quantize.cu" in sources

@@ -1,7 +1,9 @@
-"""int_linear and int_embedding on a GPU, against float64 and the reference on the CPU."""
+"""The integer layers on a GPU, against float64 and the reference on the CPU."""
 
 import pytest
 import torch
+from helpers_int_linear import Packed, assert_within, exact_quantized
+from numeric import assert_identical
 
 import qnkernels as qnk
 from qnkernels import functional as F
@@ -96,3 +98,42 @@ def test_int_linear_on_no_rows(device, backend):
     with qnk.backend(backend):
         y = F.int_linear(torch.empty(0, 16, device=device), *moved(device, codes, scale, zero_point))
     assert y.shape == (0, 9) and y.device.type == device.type
+
+
+@pytest.mark.of("int_linear_quantized")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_int_linear_quantized(device, backend, dtype, bits, m, n, k):
+    """The bits that exact integers give with one group, within the bound of fp32 sums otherwise."""
+    generator = torch.Generator().manual_seed(m + n * k + bits)
+    x = (torch.randn(m, k, generator=generator) + torch.randn(m, 1, generator=generator)).to(dtype)
+    x[0, k // 2] = float("nan") if m > 1 else 0.0
+    bias = torch.randn(n, generator=generator).to(dtype)
+    for groups, with_zero_point, quantizer in ((1, True, None), (1, False, (0.013, 90.0)), (2, True, None)):
+        codes, scale, zero_point = packed_layer(n, k, bits, groups, generator, with_zero_point)
+        packed = Packed(codes, scale * 2**-9, zero_point, bits)
+        exact = exact_quantized(x, packed, bias, quantizer)
+        given = {} if quantizer is None else dict(zip(("x_scale", "x_zero_point"), quantizer, strict=True))
+        with qnk.backend(backend):
+            x_, *packed_, bias_ = moved(device, x, *packed.arguments, bias)
+            actual = F.int_linear_quantized(x_, *packed_, bias_, bits, **given).cpu()
+        if exact.rounded is not None:
+            assert_identical(actual, exact.rounded)
+        rows = ~exact.value.isnan().any(1)
+        assert_within(actual[rows], exact.value[rows], exact.bound[rows])
+
+
+@pytest.mark.of("int_linear_quantized")
+def test_int_linear_quantized_over_long_rows(device, backend):
+    """The largest sums that 32 bits hold; longer groups are taken in pieces."""
+    for k in (32_768, 40_000):
+        x = torch.stack((torch.ones(k), -torch.ones(k), torch.tensor([1.0, -1.0]).repeat(k // 2)))
+        codes = torch.full((3, k), 255, dtype=torch.uint8)
+        packed = Packed(codes, torch.full((3, 1), 0.01), torch.tensor([[0], [255], [1]]).to(torch.uint8), 8)
+        exact = exact_quantized(x, packed, None)
+        with qnk.backend(backend):
+            actual = F.int_linear_quantized(*moved(device, x, *packed.arguments)).cpu()
+        assert_within(actual, exact.value, exact.bound)
+        if exact.rounded is not None:
+            assert_identical(actual, exact.rounded)

@@ -3,6 +3,7 @@
 Classes: weight-only int8 and int4 (groups of 128), and dynamic int8 (activations in 8 bits, too, a range for
 each row); each with activations in fp32 and in bf16. A peer is compared within its class: F.linear in the
 dtype of the activations belongs to all; everything is prepared once and runs in inference mode.
+`python bench/int_linear_ratios.py` sums the CSV up by class.
 Bytes (4096x4096, batch m): the codes, 16.8 MB in 8 bits and 8.4 MB in 4 (and 0.5 MB of scales), and
 m (in + out) activations.
 Operations: 2m per weight, 33.5 M m, and one decode (subtract, scale) per weight or group.

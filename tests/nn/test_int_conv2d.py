@@ -61,14 +61,14 @@ def make_twin(layer: IntConv2d) -> nn.Conv2d:
 
 @pytest.mark.parametrize(("kind", "packing"), CASES)
 def test_float_activations_against_float64(kind, packing, monkeypatch):
-    """Both ways of computing it, in the forward and in the backward."""
+    """Both ways of computing it, for few positions and for many, in the forward and in the backward."""
     torch.manual_seed(1)
     layer = convert(kind, packing)
     assert layer.weight.shape == make(kind).weight.shape
     for shape in INPUTS:
         x, grad = torch.randn(shape), None
-        for few in (0, 10**9):
-            monkeypatch.setattr(int_conv2d, "FEW_POSITIONS", few)
+        for few in (0.0, 1e9):
+            monkeypatch.setattr(int_conv2d, "POSITIONS_PER_FILTER", few)
             a, b = x.clone().requires_grad_(), x.double().requires_grad_()
             y, expected = layer(a), exact_conv(layer, b)
             assert y.shape == expected.shape and y.is_contiguous() and y.dtype == torch.float32

@@ -43,6 +43,8 @@ class RowProduct {
 
     RowProduct(const Packed& w, const Segments& segments, const Activations& x) : w_(w), segments_(segments), x_(x) {}
 
+    explicit operator bool() const { return true; }
+
     // Rows of activations it multiplies with.
     static int64_t rows(int bytes, int64_t tokens) { return tokens * bytes + (bytes == 1 ? 1 : 0); }
     static bool serves(const Segments& segments, int bytes, int64_t tokens) {
@@ -81,7 +83,6 @@ class RowProduct {
             for (int r = 0; r < count; r += 4) four<Rows, Ones, Bits>(o + r, count - r, &sums[0][r]);
             switch (x_.bytes()) {
                 case 1: write<1>(sums, Ones ? sums[Rows] : nullptr, bias, y, o, count); break;
-                case 2: write<2>(sums, nullptr, bias, y, o, count); break;
                 default: write<3>(sums, nullptr, bias, y, o, count);
             }
         }
@@ -139,7 +140,9 @@ class RowProduct {
                 if (ones) sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(load_int(ones), _mm512_set1_epi32(x_.zero()[t])));
                 return _mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(x_.sums(0, b)[t])));
             };
-            Vec value = (joined<Bytes>(part) * scale) * splat(x_.scale()[t]);
+            // (see ByteForm for the order)
+            const Vec unit = splat(x_.scale()[t]), sum = joined<Bytes>(part);
+            Vec value = Bytes == 1 ? (sum * scale) * unit : (sum * unit) * scale;
             if (bias) value = value + shift;
             T* to = y + t * w_.n + o;
             if (count == 16)
@@ -155,84 +158,143 @@ class RowProduct {
 };
 
 // One token and 4-bit codes in short groups: the sums of a group stay in 16 lanes, as integers, and are scaled there.
+//
+// Per 64 bytes of codes: an instruction for each step and byte of fixed point, 3 to unpack, 8 to join, shift and scale.
+// What zero points take off is looked up, since products of 32-bit integers would load the port that is loaded most.
+template <int Bytes>
 class GroupedRowProduct {
   public:
     GroupedRowProduct(const Packed& w, const Segments& segments, const Activations& x)
-        : w_(w), segments_(segments), x_(x), x_sums_(segments.count() * 16) {
-        if (!x_sums_) return;
+        : w_(w), segments_(segments), x_(x), zeros_(w.zero ? 16 : 1), shifts_(segments.count() * zeros_ * 16) {
+        if (!shifts_) return;
         for (int64_t i = 0; i < segments.count(); ++i) {
-            __m512i sums[3] = {};
-            for (int b = 0; b < 3; ++b)
-                for (int64_t step = 0; step < segments[i].steps; ++step)
-                    sums[b] = byte_sums(sums[b], _mm512_load_si512(x.row(b) + (segments[i].step + step) * 64));
-            _mm512_store_si512(x_sums_.get() + i * 16, whole(sums));
+            Parts sums = Parts::zero();
+            for (int64_t step = 0; step < segments[i].steps; ++step)
+                sums.add(_mm512_set1_epi8(1), Parts::of(x.row(0) + (segments[i].step + step) * 64, segments.width()));
+            const __m512i all = sums.whole();
+            for (int z = 0; z < zeros_; ++z) {
+                const __m512i zero = _mm512_set1_epi32(w.zero ? z : w.zero_point(0, 0));
+                _mm512_store_si512(shifts_.get() + (i * zeros_ + z) * 16, _mm512_mullo_epi32(all, zero));
+            }
         }
     }
 
     // A lane holds sums of up to 32 products of 15 by 2^22, which fit 31 bits.
     static bool serves(const Packed& w, const Segments& segments, int bytes, int64_t tokens) {
-        return w.bits == 4 && tokens == 1 && bytes == 3 && segments.count() > 1 && w.group_size() <= 512;
+        return w.bits == 4 && tokens == 1 && bytes == Bytes && segments.count() > 1 && w.group_size() <= 512;
     }
 
-    explicit operator bool() const { return static_cast<bool>(x_sums_); }
+    explicit operator bool() const { return static_cast<bool>(shifts_); }
 
     // Rows [begin, end) of the weight, y [n].
     template <typename T>
     void multiply(const float* bias, T* y, int64_t begin, int64_t end) const {
         for (int64_t o = begin; o < end; o += 4) {
             const int64_t count = end - o < 4 ? end - o : 4;
-            Vec total[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
-            const uint8_t* w[4];
-            int64_t at[4];
-            for (int64_t r = 0; r < 4; ++r) {
-                w[r] = w_.row(o + (r < count ? r : 0));
-                at[r] = (o + (r < count ? r : 0)) * w_.groups;
-            }
-            for (int64_t i = 0; i < segments_.count(); ++i) {
-                const Segment& s = segments_[i];
-                const __m512i x_sums = _mm512_load_si512(x_sums_.get() + i * 16);
-#pragma GCC unroll 4
-                for (int r = 0; r < 4; ++r) {
-                    const __m512i zero = _mm512_set1_epi32(w_.zero ? w_.zero[at[r] + s.group] : 8);
-                    const __m512i sum = _mm512_sub_epi32(sums(w[r] + s.column / 2, s), _mm512_mullo_epi32(zero, x_sums));
-                    total[r] = fma(to_vec(sum), splat(w_.scale[at[r] + s.group]), total[r]);
-                }
-            }
+            Vec total[4];
+            four(o, count, total);
             for (int64_t r = 0; r < count; ++r)
                 y[o + r] = from_float<T>(sum(total[r]) * x_.scale()[0] + (bias ? bias[o + r] : 0.0f));
         }
     }
 
   private:
-    static __m512i whole(const __m512i* bytes) {
-        const __m512i low = _mm512_add_epi32(_mm512_slli_epi32(bytes[1], 8), bytes[2]);
-        return _mm512_add_epi32(_mm512_slli_epi32(bytes[0], 16), low);
+    // Lanes shifted left by bytes, on the port that has less to do.
+    static __m512i shift_bytes(__m512i value, int bytes) {
+        const __m128i one = _mm_setr_epi8(-1, 0, 1, 2, -1, 4, 5, 6, -1, 8, 9, 10, -1, 12, 13, 14);
+        const __m128i two = _mm_setr_epi8(-1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13);
+        return _mm512_shuffle_epi8(value, _mm512_broadcast_i32x4(bytes == 1 ? one : two));
     }
 
-    __m512i sums(const uint8_t* from, const Segment& s) const {
-        __m512i total[3] = {};
-        const int8_t* x[3] = {x_.row(0) + s.step * 64, x_.row(1) + s.step * 64, x_.row(2) + s.step * 64};
-        const auto add = [&](int64_t step, __m512i codes) {
-            for (int b = 0; b < 3; ++b)
-                total[b] = _mm512_dpbusd_epi32(total[b], codes, _mm512_load_si512(x[b] + step * 64));
-        };
-        const int64_t units = Unit<4>::whole(s), rest = Unit<4>::rest(s);
-        for (int64_t u = 0; u < units; ++u) {
-            const Unit<4> unit(from + u * 64);
-            add(2 * u, unit.codes[0]);
-            add(2 * u + 1, unit.codes[1]);
+    // The bytes of fixed point of 64 activations, or the sums of one row in them (in named members: arrays would go
+    // through memory).
+    struct Parts {
+        __m512i last, second, first;  // `first` with three bytes only
+
+        static Parts zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()}; }
+
+        static Parts of(const int8_t* x, int64_t apart) {
+            const int8_t* to = x + (Bytes - 1) * apart;
+            return {_mm512_load_si512(to), _mm512_load_si512(to - apart), _mm512_load_si512(x)};
         }
-        if (rest) {
-            const Unit<4> unit(from + units * 64, rest);
-            for (int i = 0; i < Unit<4>::steps(rest); ++i) add(2 * units + i, unit.codes[i]);
+
+        void add(__m512i codes, const Parts& x) {
+            last = _mm512_dpbusd_epi32(last, codes, x.last);
+            second = _mm512_dpbusd_epi32(second, codes, x.second);
+            if (Bytes > 2) first = _mm512_dpbusd_epi32(first, codes, x.first);
         }
-        return whole(total);
+
+        __m512i whole() const {
+            const __m512i value = _mm512_add_epi32(last, shift_bytes(second, 1));
+            return Bytes > 2 ? _mm512_add_epi32(value, shift_bytes(first, 2)) : value;
+        }
+    };
+
+    // One of four rows of the weight.
+    struct Row {
+        const uint8_t *codes, *zero;
+        const float* scale;
+        Vec total;
+
+        Row(const Packed& w, int64_t row) : codes(w.row(row)), scale(w.scale + row * w.groups), total(splat(0.0f)) {
+            static const uint8_t none = 0;
+            zero = w.zero ? w.zero + row * w.groups : &none;
+        }
+
+        void add(const Parts& sums, const int32_t* shifts, int64_t g, int64_t next_zero) {
+            const __m512i sum = _mm512_sub_epi32(sums.whole(), load_int(shifts + zero[g * next_zero] * 16));
+            total = fma(to_vec(sum), splat(scale[g]), total);
+        }
+    };
+
+    // total [4] = rows o to o + 4 of the weight, of which `count` exist, in lanes. (What the loop reads is in locals: the
+    // compiler must assume that a store changes members.)
+    void four(int64_t o, int64_t count, Vec* total) const {
+        const int64_t groups = w_.groups, units = Unit<4>::whole(segments_[0]);
+        const int64_t rest = Unit<4>::rest(segments_[0]), next_zero = w_.zero ? 1 : 0, zeros = zeros_;
+        const int64_t apart = segments_.width(), ahead = 4 * w_.row_bytes();
+        const int32_t* shifts = shifts_.get();
+        const int8_t* x = x_.row(0);
+        Row a(w_, o), b(w_, o + (count > 1 ? 1 : 0)), c(w_, o + (count > 2 ? 2 : 0)), d(w_, o + (count > 3 ? 3 : 0));
+        for (int64_t g = 0, at = 0; g < groups; ++g) {
+            Parts in_a = Parts::zero(), in_b = in_a, in_c = in_a, in_d = in_a;
+            const auto unit = [&](const Unit<4>& p, const Unit<4>& q, const Unit<4>& r, const Unit<4>& s, int steps) {
+                for (int i = 0; i < steps; ++i, x += 64) {
+                    const Parts parts = Parts::of(x, apart);
+                    in_a.add(i ? p.codes[1] : p.codes[0], parts);
+                    in_b.add(i ? q.codes[1] : q.codes[0], parts);
+                    in_c.add(i ? r.codes[1] : r.codes[0], parts);
+                    in_d.add(i ? s.codes[1] : s.codes[0], parts);
+                }
+            };
+            for (int64_t u = 0; u < units; ++u, at += 64) {
+                // of the next four rows
+                for (const uint8_t* codes : {a.codes, b.codes, c.codes, d.codes})
+                    _mm_prefetch(reinterpret_cast<const char*>(codes + at + ahead), _MM_HINT_T0);
+                unit(Unit<4>(a.codes + at), Unit<4>(b.codes + at), Unit<4>(c.codes + at), Unit<4>(d.codes + at), 2);
+            }
+            if (rest) {
+                unit(Unit<4>(a.codes + at, rest), Unit<4>(b.codes + at, rest), Unit<4>(c.codes + at, rest),
+                     Unit<4>(d.codes + at, rest), Unit<4>::steps(rest));
+                at += rest;
+            }
+            a.add(in_a, shifts, g, next_zero);
+            b.add(in_b, shifts, g, next_zero);
+            c.add(in_c, shifts, g, next_zero);
+            d.add(in_d, shifts, g, next_zero);
+            shifts += zeros * 16;
+        }
+        total[0] = a.total;
+        total[1] = b.total;
+        total[2] = c.total;
+        total[3] = d.total;
     }
 
     const Packed& w_;
     const Segments& segments_;
     const Activations& x_;
-    Buffer<int32_t> x_sums_;
+    int64_t zeros_;
+    Buffer<int32_t> shifts_;  // [groups][zero points][16 lanes]: a zero point times the sums of the activations
 };
 
 #endif

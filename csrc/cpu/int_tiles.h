@@ -1,20 +1,18 @@
-// Integer product in tiles of 16 rows of the weight by 16 rows of activations, by AMX or, without it, VNNI.
+// Product with packed integer weights in tiles of 16 rows of the weight by 16 rows of activations.
 //
-// Floor, per 16384 products of bytes: one tile instruction (4.7 ns on Sapphire Rapids; 5.7 in a loop that reads one
-// operand from the first-level cache and the other from the second). A chunk of 32 rows of the weight by up to 512
-// columns is unpacked into the first-level cache and meets all tokens of a block there, while the next chunk is
-// prefetched; activations and sums stay in the second-level cache.
+// Floor, with AMX, per 16384 products of bytes or 8192 of bf16: one tile instruction (4.7 ns on Sapphire Rapids; 5.7 in a
+// loop that reads one operand from the first-level cache and the other from the second). A chunk of 32 rows of the
+// weight is unpacked into the first-level cache and meets all tokens of a block there, while the next chunk is
+// prefetched; activations and sums stay in the second-level cache. For few tokens tiles of 8-bit codes are read where
+// they lie, which is as fast as memory.
 #pragma once
 
-#include "cpu/int_rows.h"
-#include "cpu/tiles.h"
+#include "cpu/int_forms.h"
 
 namespace qnk {
 inline namespace QNK_ISA {
 
 #if defined(__AVX512F__)
-
-constexpr int64_t kTileBytes = 1024;
 
 // Where the next chunk of the weight lies: `rows` x `lines` of 64 bytes, a share of which each product prefetches.
 struct Ahead {
@@ -22,19 +20,29 @@ struct Ahead {
     int64_t row_bytes, rows, steps_a_line;
 
     void line(int64_t step) const {
+        if (step % steps_a_line) return;
         const uint8_t* at = from + step / steps_a_line * 64;
         for (int64_t r = 0; r < rows; ++r) _mm_prefetch(reinterpret_cast<const char*>(at + r * row_bytes), _MM_HINT_T1);
     }
 };
 
-// c [32 rows, `apart`] (+)= a [steps][2][16 rows][64] * b [steps][Tiles][16 quads of columns][16 tokens][4].
 #if defined(__AMX_INT8__)
 // A zeroed tile would be three times as slow in a product as one that was loaded.
 alignas(64) inline const int32_t kZeros[16] = {};
 
+// (tile numbers are part of the instruction)
+#define QNK_TILE_PRODUCT(c, a, b)                                                              \
+    do {                                                                                       \
+        if constexpr (Form::kBytes)                                                            \
+            _tile_dpbusd(c, a, b);                                                             \
+        else                                                                                   \
+            _tile_dpbf16ps(c, a, b);                                                           \
+    } while (0)
+
+// c [32 rows, `apart`] (+)= a [steps][2][16 rows][64] * b [steps][Tiles][16][16 tokens][4], bytes.
 // A tile that is loaded anew waits for the product that reads it: each load has a product or two to hide behind.
-template <int Tiles>
-inline void tile_product(const uint8_t* a, const int8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
+template <typename Form, int Tiles>
+inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
                          const Ahead& ahead) {
     const int64_t stride = first ? 0 : apart * 4, second = first ? 0 : 16 * apart;
     const int32_t* from = first ? kZeros : c;
@@ -50,21 +58,21 @@ inline void tile_product(const uint8_t* a, const int8_t* b, int32_t* c, int64_t 
     }
     for (int64_t step = 0;; ++step) {
         ahead.line(step);
-        _tile_dpbusd(4, 0, 2);
-        _tile_dpbusd(6, 1, 2);
+        QNK_TILE_PRODUCT(4, 0, 2);
+        QNK_TILE_PRODUCT(6, 1, 2);
         if (step + 1 == steps) break;
         a += 2 * kTileBytes;
         b += Tiles * kTileBytes;
         _tile_loadd(2, b, 64);
-        if (Tiles == 2) _tile_dpbusd(5, 0, 3);
+        if (Tiles == 2) QNK_TILE_PRODUCT(5, 0, 3);
         _tile_loadd(0, a, 64);
-        if (Tiles == 2) _tile_dpbusd(7, 1, 3);
+        if (Tiles == 2) QNK_TILE_PRODUCT(7, 1, 3);
         _tile_loadd(1, a + kTileBytes, 64);
         if (Tiles == 2) _tile_loadd(3, b + kTileBytes, 64);
     }
     if (Tiles == 2) {
-        _tile_dpbusd(5, 0, 3);
-        _tile_dpbusd(7, 1, 3);
+        QNK_TILE_PRODUCT(5, 0, 3);
+        QNK_TILE_PRODUCT(7, 1, 3);
     }
     _tile_stored(4, c, apart * 4);
     _tile_stored(6, c + 16 * apart, apart * 4);
@@ -73,9 +81,63 @@ inline void tile_product(const uint8_t* a, const int8_t* b, int32_t* c, int64_t 
         _tile_stored(7, c + 16 * apart + 16, apart * 4);
     }
 }
-#else
+#undef QNK_TILE_PRODUCT
+
+// The same with a [32 rows, row_bytes] in 8-bit codes as they lie; the third tile of b is at b_third.
 template <int Tiles>
-inline void tile_product(const uint8_t* a, const int8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
+inline void direct_product(const uint8_t* a, int64_t row_bytes, const uint8_t* b, const uint8_t* b_third, int32_t* c,
+                           int64_t apart, int64_t steps) {
+    const uint8_t* second = a + 16 * row_bytes;
+    constexpr int64_t kPair = Tiles == 1 ? kTileBytes : 2 * kTileBytes;
+    _tile_loadd(2, kZeros, 0);
+    _tile_loadd(3, kZeros, 0);
+    if (Tiles > 1) {
+        _tile_loadd(4, kZeros, 0);
+        _tile_loadd(5, kZeros, 0);
+    }
+    if (Tiles > 2) {
+        _tile_loadd(6, kZeros, 0);
+        _tile_loadd(7, kZeros, 0);
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+        const uint8_t* tokens = b + step * kPair;
+        _tile_loadd(0, a + step * 64, row_bytes);
+        _tile_loadd(1, tokens, 64);
+        _tile_dpbusd(2, 0, 1);
+        if (Tiles > 1) {
+            _tile_loadd(1, tokens + kTileBytes, 64);
+            _tile_dpbusd(4, 0, 1);
+        }
+        if (Tiles > 2) {
+            _tile_loadd(1, b_third + step * kTileBytes, 64);
+            _tile_dpbusd(6, 0, 1);
+        }
+        _tile_loadd(0, second + step * 64, row_bytes);
+        if (Tiles > 2) {
+            _tile_dpbusd(7, 0, 1);
+            _tile_loadd(1, tokens + kTileBytes, 64);
+        }
+        if (Tiles > 1) {
+            _tile_dpbusd(5, 0, 1);
+            _tile_loadd(1, tokens, 64);
+        }
+        _tile_dpbusd(3, 0, 1);
+    }
+    _tile_stored(2, c, apart * 4);
+    _tile_stored(3, c + 16 * apart, apart * 4);
+    if (Tiles > 1) {
+        _tile_stored(4, c + 16, apart * 4);
+        _tile_stored(5, c + 16 * apart + 16, apart * 4);
+    }
+    if (Tiles > 2) {
+        _tile_stored(6, c + 32, apart * 4);
+        _tile_stored(7, c + 16 * apart + 32, apart * 4);
+    }
+}
+constexpr bool kDirect = true;
+#else
+template <typename Form, int Tiles>
+inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
                          const Ahead& ahead) {
     constexpr int kRows = 8;
     for (int64_t step = 0; step < steps; ++step) ahead.line(step);
@@ -86,7 +148,7 @@ inline void tile_product(const uint8_t* a, const int8_t* b, int32_t* c, int64_t 
                 total[r][i] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(c + (row + r) * apart + 16 * i);
         for (int64_t step = 0; step < steps; ++step) {
             const uint8_t* codes = a + (step * 2 + row / 16) * kTileBytes + row % 16 * 64;
-            const int8_t* tokens = b + step * Tiles * kTileBytes;
+            const uint8_t* tokens = b + step * Tiles * kTileBytes;
             for (int quad = 0; quad < 16; ++quad) {
                 __m512i x[Tiles];
                 for (int i = 0; i < Tiles; ++i) x[i] = _mm512_load_si512(tokens + i * kTileBytes + quad * 64);
@@ -103,39 +165,48 @@ inline void tile_product(const uint8_t* a, const int8_t* b, int32_t* c, int64_t 
             for (int i = 0; i < Tiles; ++i) _mm512_storeu_si512(c + (row + r) * apart + 16 * i, total[r][i]);
     }
 }
+template <int Tiles>
+inline void direct_product(const uint8_t*, int64_t, const uint8_t*, const uint8_t*, int32_t*, int64_t, int64_t) {}
+constexpr bool kDirect = false;
 #endif
 
+// Form: ByteForm or Bf16Form.
+template <typename Form>
 class IntTileProduct {
   public:
     IntTileProduct(const Packed& w, const Segments& segments, const Quantization& how)
-        : w_(w), segments_(segments), how_(how) {}
+        : w_(w), segments_(segments), how_(how), width_(Form::width(w, segments)) {}
 
-    // False in `representable` where Activations::quantize gives it; y [m, n] is then not written.
+    // Whether `m` tokens of 8-bit codes are multiplied where the codes lie.
+    static bool direct(const Packed& w, const Segments& segments, int bytes, int64_t m) {
+        return Form::kBytes && kDirect && w.bits == 8 && segments.count() == 1 && w.k % 64 == 0 &&
+               m * bytes + (bytes == 1 ? 1 : 0) <= kDirectRows;
+    }
+
+    // False in `representable` where the form cannot hold x; y [m, n] is then not written.
     template <typename T>
     int multiply(const T* x, const float* bias, T* y, int64_t m, bool& representable) {
-        const int64_t width = segments_.width(), bytes = how_.bytes;
-        const int64_t fit = kCache / width > 16 ? kCache / width : 16, most = fit < kMostRows ? fit : kMostRows;
-        const int64_t blocks = (m * bytes + most - 1) / most;
+        const int64_t parts = Form::parts(how_), fit = kCache / width_ > 16 ? kCache / width_ : 16;
+        const int64_t most = fit < kMostRows ? fit : kMostRows, blocks = (m * parts + most - 1) / most;
         const int64_t block = (m + blocks * 16 - 1) / (blocks * 16) * 16;  // tokens
-        const int64_t tiles = (block * bytes + 15) / 16;
+        direct_ = direct(w_, segments_, how_.bytes, m);
+        const int64_t tiles = (block * parts + (direct_ ? ones() : 0) + 15) / 16;
         apart_ = tiles * 16 + 16;
-        Activations activations(w_, segments_, how_, block);
-        const Buffer<int8_t> packed(tiles * 16 * width);
+        Form form(w_, segments_, how_, block);
+        const Buffer<uint8_t> packed(tiles * 16 * width_);
         const int threads = max_threads();
         const Buffer<uint8_t> codes(threads * kSteps * 2 * kTileBytes);
         const Buffer<int32_t> sums(threads * 32 * apart_);
         const bool several = segments_.count() > 1;
         const Buffer<float> totals(several ? threads * 32 * block : 0);
-        if (!activations || !packed || !codes || !sums || !totals) return QNK_NO_MEMORY;
+        if (!form || !packed || !codes || !sums || !totals) return QNK_NO_MEMORY;
         for (int64_t first = 0; first < m; first += block) {
             const int64_t tokens = m - first < block ? m - first : block;
-            if (!activations.quantize(x + first * w_.k, tokens)) {
-                representable = false;
-                return QNK_OK;
-            }
-            const int64_t rows = tokens * bytes;
-            parallel_for((rows + 15) / 16, 4, [&](int64_t begin, int64_t end) {
-                for (int64_t tile = begin; tile < end; ++tile) pack(activations, rows, tile, packed.get());
+            representable = form.take(x + first * w_.k, tokens);
+            if (!representable) return QNK_OK;
+            const int64_t rows = tokens * parts + (direct_ ? ones() : 0);
+            parallel_for((rows + 15) / 16, 65536 / width_ / 16 + 1, [&](int64_t begin, int64_t end) {
+                for (int64_t tile = begin; tile < end; ++tile) pack(form, rows, tile, packed.get());
             });
             parallel_for(w_.n, 32, [&](int64_t begin, int64_t end, int thread) {
                 const Tiles scope;
@@ -143,9 +214,9 @@ class IntTileProduct {
                           totals.get() + (several ? thread * 32 * block : 0), {}};
                 for (int64_t o = begin; o < end; o += 32) {
                     if (w_.bits == 8)
-                        multiply_rows<8>(activations, packed.get(), bias, y + first * w_.n, o, end, work);
+                        multiply_rows<8>(form, rows, packed.get(), bias, y + first * w_.n, o, end, work);
                     else
-                        multiply_rows<4>(activations, packed.get(), bias, y + first * w_.n, o, end, work);
+                        multiply_rows<4>(form, rows, packed.get(), bias, y + first * w_.n, o, end, work);
                 }
             });
         }
@@ -153,148 +224,92 @@ class IntTileProduct {
     }
 
   private:
-    static constexpr int64_t kSteps = 8;          // of a chunk
-    static constexpr int64_t kMostRows = 256;     // of activations in a block
-    static constexpr int64_t kCache = 1 << 20;    // bytes of them
+    static constexpr int64_t kSteps = 8;         // of a chunk
+    static constexpr int64_t kMostRows = 256;    // of activations in a block
+    static constexpr int64_t kCache = 1 << 20;   // bytes of them
+    static constexpr int64_t kDirectRows = 48;   // three tiles
 
-    struct Work {
-        uint8_t* codes;   // [kSteps][2][1024]
-        int32_t* sums;    // [32][apart]
-        float* totals;    // [32][block], where a row has several segments
-        alignas(64) int32_t code_sums[32];
-    };
+    // A row of ones gives the sums of the weight's codes, where activations have zero points.
+    int64_t ones() const { return Form::kBytes && how_.bytes == 1 ? 1 : 0; }
 
-    // packed [rows / 32][steps][2][16 quads of columns][16 rows][4], less a second tile that would be empty.
-    static void pack(const Activations& x, int64_t rows, int64_t tile, int8_t* packed) {
-        const int64_t width = x.row(1) - x.row(0), tiles = rows - tile / 2 * 32 > 16 ? 2 : 1;
-        int8_t* to = packed + tile / 2 * 32 * width + tile % 2 * kTileBytes;
-        for (int64_t at = 0; at < width; at += 64, to += tiles * kTileBytes) {
+    // packed [rows / 32][steps][2][16][16 rows][4 bytes], less a second tile that would be empty.
+    void pack(const Form& form, int64_t rows, int64_t tile, uint8_t* packed) const {
+        const int64_t tiles = rows - tile / 2 * 32 > 16 ? 2 : 1, given = rows - (direct_ ? ones() : 0);
+        uint8_t* to = packed + tile / 2 * 32 * width_ + tile % 2 * kTileBytes;
+        for (int64_t step = 0; step * 64 < width_; ++step, to += tiles * kTileBytes) {
+            const auto place = form.place(step);
             __m512i row[16];
-            for (int64_t i = 0; i < 16; ++i)
-                row[i] = tile * 16 + i < rows ? _mm512_load_si512(x.row(tile * 16 + i) + at) : _mm512_setzero_si512();
+            for (int64_t i = 0; i < 16; ++i) {
+                const int64_t index = tile * 16 + i;
+                row[i] = index < given ? form.row(index, place) : _mm512_set1_epi8(index < rows ? 1 : 0);
+            }
             transpose(row);
             for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, row[i]);
         }
     }
 
-    // Steps of 32 rows from `o` on, of which those before `end` are read: `units` units of a segment from `unit` on.
-    template <int Bits, bool Sums>
-    void unpack(const Segment& s, int64_t o, int64_t end, int64_t unit, int64_t units, Work& work) const {
-        const int64_t whole = Unit<Bits>::whole(s), rest = Unit<Bits>::rest(s);
-        const int64_t stop = unit + units < whole ? unit + units : whole;
-        for (int64_t r = 0; r < 32 && o + r < end; ++r) {
-            const uint8_t* from = w_.row(o + r) + s.column * Bits / 8;
-            uint8_t* to = work.codes + r / 16 * kTileBytes + r % 16 * 64;
-            __m512i total = _mm512_setzero_si512();
-            const auto put = [&](const Unit<Bits>& codes, int steps) {
-                for (int i = 0; i < steps; ++i, to += 2 * kTileBytes) {
-                    _mm512_store_si512(to, codes.codes[i]);
-                    if (Sums) total = _mm512_dpbusd_epi32(total, codes.codes[i], _mm512_set1_epi8(1));
-                }
-            };
-            for (int64_t u = unit; u < stop; ++u) put(Unit<Bits>(from + u * 64), Unit<Bits>::kSteps);
-            if (rest && unit + units > whole) put(Unit<Bits>(from + whole * 64, rest), Unit<Bits>::steps(rest));
-            if (Sums) work.code_sums[r] += _mm512_reduce_add_epi32(total);
-        }
-    }
-
     // y [tokens, n], rows o to o + 32 of the weight as far as `end`.
     template <int Bits, typename T>
-    void multiply_rows(const Activations& x, const int8_t* packed, const float* bias, T* y, int64_t o, int64_t end,
-                       Work& work) const {
-        const int64_t rows = x.tokens() * x.bytes(), pairs = (rows + 31) / 32;
+    void multiply_rows(const Form& form, int64_t rows, const uint8_t* packed, const float* bias, T* y, int64_t o,
+                       int64_t end, Work& work) const {
+        if (direct_ && o + 32 <= end) {
+            multiply_direct(form, rows, packed, o, work);
+            form.finish(0, bias, y, o, end, apart_, work);
+            return;
+        }
+        const int64_t pairs = (rows + 31) / 32, share = (32 + pairs - 1) / pairs;
         for (int64_t i = 0; i < segments_.count(); ++i) {
             const Segment& s = segments_[i];
-            __builtin_memset(work.code_sums, 0, sizeof work.code_sums);
-            for (int64_t step = 0; step < s.steps; step += kSteps) {
-                const int64_t steps = s.steps - step < kSteps ? s.steps - step : kSteps;
-                const int64_t unit = step / Unit<Bits>::kSteps, units = kSteps / Unit<Bits>::kSteps;
-                if (x.bytes() == 1)
-                    unpack<Bits, true>(s, o, end, unit, units, work);
-                else
-                    unpack<Bits, false>(s, o, end, unit, units, work);
-                const int64_t share = (32 + pairs - 1) / pairs;
-                Ahead ahead = next_chunk<Bits>(i, step + steps, o);
+            const int64_t all = form.steps(s), start = form.first_step(s);
+            for (int r = 0; r < 32; ++r) work.code_sums[r] = 0;
+            for (int64_t step = 0; step < all; step += kSteps) {
+                const int64_t steps = all - step < kSteps ? all - step : kSteps;
+                form.template unpack<Bits>(s, o, end, step, steps, work);
+                Ahead ahead = next_chunk(i, step + steps, all, o);
                 for (int64_t pair = 0; pair < pairs; ++pair) {
                     ahead.rows = pair * share < 32 ? share : 0;
                     int32_t* c = work.sums + pair * 32;
-                    const int8_t* b = packed + pair * 32 * segments_.width();
+                    const uint8_t* b = packed + pair * 32 * width_;
                     if (rows - pair * 32 > 16)
-                        tile_product<2>(work.codes, b + (s.step + step) * 2 * kTileBytes, c, apart_, steps, step == 0, ahead);
+                        tile_product<Form, 2>(work.codes, b + (start + step) * 2 * kTileBytes, c, apart_, steps, step == 0,
+                                              ahead);
                     else
-                        tile_product<1>(work.codes, b + (s.step + step) * kTileBytes, c, apart_, steps, step == 0, ahead);
+                        tile_product<Form, 1>(work.codes, b + (start + step) * kTileBytes, c, apart_, steps, step == 0,
+                                              ahead);
                     ahead.from += share * ahead.row_bytes;
                 }
             }
-            switch (x.bytes()) {
-                case 1: finish<1>(x, i, bias, y, o, end, work); break;
-                case 2: finish<2>(x, i, bias, y, o, end, work); break;
-                default: finish<3>(x, i, bias, y, o, end, work);
-            }
+            form.finish(i, bias, y, o, end, apart_, work);
         }
     }
 
-    // After `step` steps of segment i in rows from o on. (Past the last row nothing is read, only prefetched.)
-    template <int Bits>
-    Ahead next_chunk(int64_t i, int64_t step, int64_t o) const {
-        const Segment& s = segments_[i];
-        int64_t column = s.column * Bits / 8 + step / Unit<Bits>::kSteps * 64;
-        if (step >= s.steps && i + 1 == segments_.count()) {
-            column = 0;
-            o += 32;
-        }
-        return {w_.row(o) + column, w_.row_bytes(), 0, Unit<Bits>::kSteps};
+    // Sums of 32 rows of 8-bit codes, in one segment.
+    void multiply_direct(const Form& form, int64_t rows, const uint8_t* packed, int64_t o, Work& work) const {
+        const uint8_t *a = w_.row(o), *third = packed + 32 * width_;
+        const int64_t steps = width_ / 64;
+        if (rows <= 16)
+            direct_product<1>(a, w_.row_bytes(), packed, third, work.sums, apart_, steps);
+        else if (rows <= 32)
+            direct_product<2>(a, w_.row_bytes(), packed, third, work.sums, apart_, steps);
+        else
+            direct_product<3>(a, w_.row_bytes(), packed, third, work.sums, apart_, steps);
+        if (ones())
+            for (int r = 0; r < 32; ++r) work.code_sums[r] = work.sums[r * apart_ + form.tokens()];
     }
 
-    // Sums of segment i into y, or into the totals while there are segments to come.
-    template <int Bytes, typename T>
-    void finish(const Activations& x, int64_t i, const float* bias, T* y, int64_t o, int64_t end, Work& work) const {
-        const int64_t tokens = x.tokens(), group = segments_[i].group, block = (tokens + 15) / 16 * 16;
-        const bool first = i == 0, last = i + 1 == segments_.count();
-        for (int64_t half = 0; half < 32 && o + half < end; half += 16) {
-            const int count = static_cast<int>(end - o - half < 16 ? end - o - half : 16);
-            for (int64_t t = 0; t < tokens; t += 16) {
-                __m512i out[16];
-                for (int r = 0; r < count; ++r) {
-                    const int64_t row = o + half + r;
-                    const __m512i zero = _mm512_set1_epi32(w_.zero_point(row, group));
-                    const auto part = [&](int b) {
-                        __m512i sum = load_int(work.sums + (half + r) * apart_ + b * tokens + t);
-                        if (Bytes == 1)
-                            sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(_mm512_set1_epi32(work.code_sums[half + r]),
-                                                                           load_int(x.zero() + t)));
-                        return _mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, load_int(x.sums(i, b) + t)));
-                    };
-                    Vec value = joined<Bytes>(part) * splat(w_.scale[row * w_.groups + group]);
-                    float* total = work.totals + (half + r) * block + t;
-                    if (!first) value = load(total) + value;
-                    if (last) {
-                        value = value * load(x.scale() + t);
-                        if (bias) value = value + splat(bias[row]);
-                        out[r] = _mm512_castps_si512(value.v);
-                    } else {
-                        store(total, value);
-                    }
-                }
-                if (!last) continue;
-                for (int r = count; r < 16; ++r) out[r] = _mm512_setzero_si512();
-                transpose(out);
-                for (int64_t j = 0; j < 16 && t + j < tokens; ++j) {
-                    const Vec value{_mm512_castsi512_ps(out[j])};
-                    T* to = y + (t + j) * w_.n + o + half;
-                    if (count == 16)
-                        store(to, value);
-                    else
-                        store_first(to, value, count);
-                }
-            }
-        }
+    // After `step` of `all` steps of segment i in rows from o on. (Past the last row nothing is read, only prefetched.)
+    Ahead next_chunk(int64_t i, int64_t step, int64_t all, int64_t o) const {
+        const int64_t steps_a_line = Form::steps_a_line(w_.bits);
+        const bool done = step >= all && i + 1 == segments_.count();
+        const int64_t column = done ? 0 : segments_[i].column * w_.bits / 8 + step / steps_a_line * 64;
+        return {w_.codes + (o + (done ? 32 : 0)) * w_.row_bytes() + column, w_.row_bytes(), 0, steps_a_line};
     }
 
     const Packed& w_;
     const Segments& segments_;
     Quantization how_;
-    int64_t apart_ = 0;
+    int64_t width_, apart_ = 0;
+    bool direct_ = false;
 };
 
 #endif

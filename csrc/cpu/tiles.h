@@ -49,7 +49,8 @@ struct alignas(64) TileShapes {
 class Tiles {
   public:
     Tiles() {
-        const TileShapes shapes;
+        // (static: the compiler is told of the first bytes only, and might write others of a local after they are read)
+        static const TileShapes shapes;
         _tile_loadconfig(&shapes);
     }
     Tiles(const Tiles&) = delete;

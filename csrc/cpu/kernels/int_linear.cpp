@@ -21,54 +21,56 @@ namespace {
 
 #if defined(__AVX512F__)
 
-// Whether fixed point in two bytes loses less than bf16 did: no value is far above the others of its row.
-bool even_rows(const bf16* x, int64_t m, int64_t k) {
-    const Buffer<uint8_t> uneven(m);
-    if (!uneven) return false;
-    parallel_for(m, (16384 + k - 1) / k, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            Vec squares = splat(0.0f), most = splat(0.0f);
-            for (int64_t i = 0; i < k; i += kLanes) {
-                const Vec value = i + kLanes <= k ? load(x + t * k + i) : load_first(x + t * k + i, static_cast<int>(k - i));
-                squares = fma(value, value, squares);
-                most = max(most, max(value, splat(0.0f) - value));
-            }
-            const float largest = max_of(most);
-            uneven.get()[t] = !(largest * largest * static_cast<float>(k) <= 256.0f * sum(squares));  // 16 times the mean
-        }
-    });
-    for (int64_t t = 0; t < m; ++t)
-        if (uneven.get()[t]) return false;
-    return true;
+// Whether fixed point in two bytes, half a unit of which is at most 2^-15 of the largest magnitude, loses no more than
+// a sum of k terms in fp32 may: 2^-24 of each term for each of k additions.
+bool even_row(const bf16* x, int64_t k) {
+    Vec total = splat(0.0f), most = splat(0.0f);
+    for (int64_t i = 0; i < k; i += kLanes) {
+        const Vec value = i + kLanes <= k ? load(x + i) : load_first(x + i, static_cast<int>(k - i));
+        const Vec magnitude = max(value, splat(0.0f) - value);
+        total = total + magnitude;
+        most = max(most, magnitude);
+    }
+    return max_of(most) * 512.0f <= sum(total);
+}
+
+template <typename Product, typename T>
+int multiply_rows(const Product& product, const Packed& w, const float* bias, T* y) {
+    if (!product) return QNK_NO_MEMORY;
+    parallel_for(w.n, 16, [&](int64_t begin, int64_t end) { product.multiply(bias, y, begin, end); });
+    return QNK_OK;
+}
+
+// Tiles of bf16 where x is, unless bytes can be multiplied where the weight lies.
+template <typename T>
+int multiply_tiles(const T* x, const Packed& w, const Segments& segments, const Quantization& how, const float* bias, T* y,
+                   int64_t m, bool& representable) {
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<T, bf16>) {
+        if (how.bytes > 1 && !IntTileProduct<ByteForm>::direct(w, segments, how.bytes, m))
+            return IntTileProduct<Bf16Form>(w, segments, how).multiply(x, bias, y, m, representable);
+    }
+#endif
+    return IntTileProduct<ByteForm>(w, segments, how).multiply(x, bias, y, m, representable);
 }
 
 template <typename T>
-int bytes_for(const T*, int64_t, int64_t) {
-    return 3;
-}
-int bytes_for(const bf16* x, int64_t m, int64_t k) { return m > 16 && even_rows(x, m, k) ? 2 : 3; }
-
-template <typename T>
-int multiply(const T* x, const Packed& w, const Quantization& how, const float* bias, T* y, int64_t m,
-             bool& representable) {
+int multiply(const T* x, const Packed& w, Quantization how, const float* bias, T* y, int64_t m, bool& representable) {
     const Segments segments(w);
     if (!segments) return QNK_NO_MEMORY;
     const bool rows = RowProduct::serves(segments, how.bytes, m);
-    if (!rows && !GroupedRowProduct::serves(w, segments, how.bytes, m))
-        return IntTileProduct(w, segments, how).multiply(x, bias, y, m, representable);
+    const bool grouped = GroupedRowProduct<3>::serves(w, segments, how.bytes, m);
+    if (!rows && !grouped) return multiply_tiles(x, w, segments, how, bias, y, m, representable);
+    if constexpr (std::is_same_v<T, bf16>) {
+        if (grouped && even_row(x, w.k)) how.bytes = 2;
+    }
     Activations activations(w, segments, how, 16);
     if (!activations) return QNK_NO_MEMORY;
     representable = activations.quantize(x, m);
     if (!representable) return QNK_OK;
-    if (rows) {
-        const RowProduct product(w, segments, activations);
-        parallel_for(w.n, 16, [&](int64_t begin, int64_t end) { product.multiply(bias, y, begin, end); });
-        return QNK_OK;
-    }
-    const GroupedRowProduct product(w, segments, activations);
-    if (!product) return QNK_NO_MEMORY;
-    parallel_for(w.n, 16, [&](int64_t begin, int64_t end) { product.multiply(bias, y, begin, end); });
-    return QNK_OK;
+    if (rows) return multiply_rows(RowProduct(w, segments, activations), w, bias, y);
+    if (how.bytes == 2) return multiply_rows(GroupedRowProduct<2>(w, segments, activations), w, bias, y);
+    return multiply_rows(GroupedRowProduct<3>(w, segments, activations), w, bias, y);
 }
 
 bool bytes_serve(const Packed& w) { return w.k > 0 && Segments::serves(w); }
@@ -80,7 +82,7 @@ int linear(const T* x, const Packed& w, const float* bias, T* y, int64_t m) {
 #if defined(__AVX512F__)
     if (bytes_serve(w)) {
         bool representable = true;
-        const int status = multiply(x, w, {bytes_for(x, m, w.k), nullptr, nullptr}, bias, y, m, representable);
+        const int status = multiply(x, w, {3, nullptr, nullptr}, bias, y, m, representable);
         if (status != QNK_OK || representable) return status;
     }
 #endif

@@ -1,0 +1,295 @@
+// The two forms in which tiles multiply activations with packed integer weights: as bytes (int_activations.h), with sums in
+// 32-bit integers, and, where activations are bf16, as they are, with codes less their zero points in bf16, exactly,
+// and sums in fp32.
+#pragma once
+
+#include "cpu/int_rows.h"
+#include "cpu/tiles.h"
+
+namespace qnk {
+inline namespace QNK_ISA {
+
+#if defined(__AVX512F__)
+
+constexpr int64_t kTileBytes = 1024;
+
+// What a thread works in, for 32 rows of the weight.
+struct Work {
+    uint8_t* codes;  // [steps][2][16 rows][64]
+    int32_t* sums;   // [32][apart], bits of fp32 in Bf16Form
+    float* totals;   // [32][tokens], where a row has several segments
+    alignas(64) int32_t code_sums[32];
+};
+
+// y [tokens, n] or the totals, rows o to o + 32 as far as `end`, from value(r, t): 16 sums of row o + r times its scale.
+// `unit` scales tokens, [tokens]; null: 1.
+template <typename T, typename Value>
+inline void finish_rows(const Packed& w, int64_t tokens, bool first, bool last, const float* unit, const float* bias,
+                        T* y, int64_t o, int64_t end, float* totals, const Value& value) {
+    const int64_t block = (tokens + 15) / 16 * 16, n = w.n;
+    for (int64_t t = 0; t < tokens; t += 16)
+        for (int64_t half = 0; half < 32 && o + half < end; half += 16) {
+            const int64_t count = end - o - half < 16 ? end - o - half : 16;
+            const Vec by_token = unit ? load(unit + t) : splat(1.0f);
+            __m512i out[16];
+            for (int64_t r = half; r < half + count; ++r) {
+                Vec sum = value(r, t);
+                float* total = totals + r * block + t;
+                if (!first) sum = load(total) + sum;
+                if (last) {
+                    if (unit) sum = sum * by_token;
+                    if (bias) sum = sum + splat(bias[o + r]);
+                    out[r - half] = _mm512_castps_si512(sum.v);
+                } else {
+                    store(total, sum);
+                }
+            }
+            if (!last) continue;
+            for (int64_t r = count; r < 16; ++r) out[r] = _mm512_setzero_si512();
+            transpose(out);
+            const int64_t here = tokens - t < 16 ? tokens - t : 16;
+            for (int64_t j = 0; j < here; ++j) {
+                const Vec sum{_mm512_castsi512_ps(out[j])};
+                T* to = y + (t + j) * n + o + half;
+                if (count == 16)
+                    store(to, sum);
+                else
+                    store_first(to, sum, static_cast<int>(count));
+            }
+        }
+}
+
+class ByteForm {
+  public:
+    static constexpr bool kBytes = true;
+
+    ByteForm(const Packed& w, const Segments& segments, const Quantization& how, int64_t capacity)
+        : w_(w), segments_(segments), x_(w, segments, how, capacity) {}
+    explicit operator bool() const { return static_cast<bool>(x_); }
+
+    static int64_t width(const Packed&, const Segments& segments) { return segments.width(); }
+    static int64_t parts(const Quantization& how) { return how.bytes; }
+    int64_t steps(const Segment& s) const { return s.steps; }
+    int64_t first_step(const Segment& s) const { return s.step; }
+    static int64_t steps_a_line(int bits) { return 8 / bits; }
+
+    template <typename T>
+    bool take(const T* x, int64_t tokens) {
+        return x_.quantize(x, tokens);
+    }
+    int64_t tokens() const { return x_.tokens(); }
+    int64_t place(int64_t step) const { return step * 64; }
+    __m512i row(int64_t index, int64_t place) const { return _mm512_load_si512(x_.row(index) + place); }
+
+    // `steps` steps of a segment from `step` on, for 32 rows from o on as far as `end`; with the sums of their codes.
+    template <int Bits>
+    void unpack(const Segment& s, int64_t o, int64_t end, int64_t step, int64_t steps, Work& work) const {
+        if (x_.bytes() == 1)
+            unpack<Bits, true>(s, o, end, step, steps, work);
+        else
+            unpack<Bits, false>(s, o, end, step, steps, work);
+    }
+
+    template <typename T>
+    void finish(int64_t i, const float* bias, T* y, int64_t o, int64_t end, int64_t apart, Work& work) const {
+        switch (x_.bytes()) {
+            case 1: return finish<1>(i, bias, y, o, end, apart, work);
+            default: return finish<3>(i, bias, y, o, end, apart, work);
+        }
+    }
+
+  private:
+    template <int Bits, bool Sums>
+    void unpack(const Segment& s, int64_t o, int64_t end, int64_t step, int64_t steps, Work& work) const {
+        constexpr int kSteps = Unit<Bits>::kSteps;
+        const int64_t whole = Unit<Bits>::whole(s), rest = Unit<Bits>::rest(s), unit = step / kSteps;
+        const int64_t stop = unit + steps / kSteps < whole ? unit + steps / kSteps : whole;
+        for (int64_t r = 0; r < 32 && o + r < end; ++r) {
+            const uint8_t* from = w_.row(o + r) + s.column * Bits / 8;
+            uint8_t* to = work.codes + r / 16 * kTileBytes + r % 16 * 64;
+            __m512i total = _mm512_setzero_si512();
+            const auto put = [&](const Unit<Bits>& codes, int count) {
+                for (int i = 0; i < count; ++i, to += 2 * kTileBytes) {
+                    _mm512_store_si512(to, codes.codes[i]);
+                    if (Sums) total = _mm512_dpbusd_epi32(total, codes.codes[i], _mm512_set1_epi8(1));
+                }
+            };
+            for (int64_t u = unit; u < stop; ++u) put(Unit<Bits>(from + u * 64), kSteps);
+            if (rest && step + steps > whole * kSteps) put(Unit<Bits>(from + whole * 64, rest), Unit<Bits>::steps(rest));
+            if (Sums) work.code_sums[r] += _mm512_reduce_add_epi32(total);
+        }
+    }
+
+    template <int Bytes, typename T>
+    void finish(int64_t i, const float* bias, T* y, int64_t o, int64_t end, int64_t apart, Work& work) const {
+        const int64_t tokens = x_.tokens(), groups = w_.groups, group = segments_[i].group;
+        const int32_t *x_zero = x_.zero(), *sums = work.sums, *code_sums = work.code_sums;
+        const int32_t* x_sums[Bytes];
+        for (int b = 0; b < Bytes; ++b) x_sums[b] = x_.sums(i, b);
+        const float *scale = w_.scale + o * groups + group, *unit = x_.scale();
+        int32_t zero[32];
+        for (int64_t r = 0; r < 32 && o + r < end; ++r) zero[r] = w_.zero_point(o + r, group);
+        const auto value = [&](int64_t r, int64_t t) {
+            const __m512i z = _mm512_set1_epi32(zero[r]);
+            const auto part = [&](int b) {
+                __m512i sum = load_int(sums + r * apart + b * tokens + t);
+                if (Bytes == 1)
+                    sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(_mm512_set1_epi32(code_sums[r]), load_int(x_zero + t)));
+                return _mm512_sub_epi32(sum, _mm512_mullo_epi32(z, load_int(x_sums[b] + t)));
+            };
+            // (fixed point first gets its unit, a power of two: the scales of weight and activations may be far apart)
+            const Vec sum = Bytes == 1 ? joined<Bytes>(part) : joined<Bytes>(part) * load(unit + t);
+            return sum * splat(scale[r * groups]);
+        };
+        finish_rows(w_, tokens, i == 0, i + 1 == segments_.count(), Bytes == 1 ? unit : nullptr, bias, y, o, end,
+                    work.totals, value);
+    }
+
+    const Packed& w_;
+    const Segments& segments_;
+    Activations x_;
+};
+
+#if defined(__AMX_BF16__)
+constexpr bool kHasBf16Tiles = true;
+
+class Bf16Form {
+  public:
+    static constexpr bool kBytes = false;
+
+    Bf16Form(const Packed& w, const Segments& segments, const Quantization&, int64_t)
+        : w_(w), segments_(segments), group_steps_(steps_of(w)) {}
+    explicit operator bool() const { return true; }
+
+    // Bytes of a row of activations: each group takes whole steps of 32 columns.
+    static int64_t width(const Packed& w, const Segments&) { return w.groups * steps_of(w) * 64; }
+    static int64_t parts(const Quantization&) { return 1; }
+    int64_t steps(const Segment& s) const { return (s.columns + 31) / 32; }
+    int64_t first_step(const Segment& s) const {
+        return s.group * group_steps_ + (s.column - s.group * w_.group_size()) / 32;
+    }
+    static int64_t steps_a_line(int bits) { return 16 / bits; }
+
+    // False where a row has only magnitudes so small that tiles would take parts of it for zero.
+    bool take(const bf16* x, int64_t tokens) {
+        x_ = x;
+        tokens_ = tokens;
+        constexpr uint32_t kLeast = (127 - 100) << 7;  // 2^-100
+        bool all = true;
+        for (int64_t t = 0; t < tokens && all; ++t) {
+            __m512i most = _mm512_setzero_si512();
+            for (int64_t i = 0; i < w_.k; i += 32) {
+                const __mmask32 mask = w_.k - i < 32 ? (__mmask32{1} << (w_.k - i)) - 1 : ~__mmask32{0};
+                const __m512i magnitude = _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x + t * w_.k + i),
+                                                           _mm512_set1_epi16(0x7fff));
+                most = _mm512_max_epu16(most, magnitude);
+                if (i == 0 && _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(kLeast))) break;
+            }
+            all = _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(kLeast)) || !_mm512_test_epi16_mask(most, most);
+        }
+        return all;
+    }
+    int64_t tokens() const { return tokens_; }
+
+    struct Place {
+        int64_t column;
+        __mmask32 mask;
+    };
+    Place place(int64_t step) const {
+        const int64_t in_group = step % group_steps_ * 32, rest = w_.group_size() - in_group;
+        return {step / group_steps_ * w_.group_size() + in_group,
+                rest < 32 ? (__mmask32{1} << rest) - 1 : ~__mmask32{0}};
+    }
+    __m512i row(int64_t index, const Place& place) const {
+        return _mm512_maskz_loadu_epi16(place.mask, x_ + index * w_.k + place.column);
+    }
+
+    // As ByteForm. Codes past a segment's end meet activations that are zero.
+    template <int Bits>
+    void unpack(const Segment& s, int64_t o, int64_t end, int64_t step, int64_t steps, Work& work) const {
+        for (int64_t r = 0; r < 32 && o + r < end; ++r) {
+            const uint8_t* from = w_.row(o + r) + (s.column + step * 32) * Bits / 8;
+            uint8_t* to = work.codes + r / 16 * kTileBytes + r % 16 * 64;
+            const Row<Bits> row(w_.zero_point(o + r, s.group));
+            for (int64_t i = 0; i < steps; ++i, from += 4 * Bits, to += 2 * kTileBytes) {
+                const int64_t rest = s.columns - (step + i) * 32;
+                _mm512_store_si512(to, rest < 32 ? row.decode(from, rest) : row.decode(from));
+            }
+        }
+    }
+
+    template <typename T>
+    void finish(int64_t i, const float* bias, T* y, int64_t o, int64_t end, int64_t apart, Work& work) const {
+        const int64_t groups = w_.groups;
+        const float *sums = reinterpret_cast<const float*>(work.sums), *scale = w_.scale + o * groups + segments_[i].group;
+        const auto value = [&](int64_t r, int64_t t) { return load(sums + r * apart + t) * splat(scale[r * groups]); };
+        finish_rows(w_, tokens_, i == 0, i + 1 == segments_.count(), nullptr, bias, y, o, end, work.totals, value);
+    }
+
+  private:
+    // Codes less a zero point, in bf16: exact, as integers of 8 bits and sign.
+    template <int Bits>
+    class Row;
+
+    static int64_t steps_of(const Packed& w) { return (w.group_size() + 31) / 32; }
+
+    const Packed& w_;
+    const Segments& segments_;
+    int64_t group_steps_;
+    const bf16* x_ = nullptr;
+    int64_t tokens_ = 0;
+};
+
+template <>
+class Bf16Form::Row<8> {
+  public:
+    explicit Row(int zero) : zero_(_mm512_set1_epi32(zero)) {}
+
+    __m512i decode(const uint8_t* from) const { return decode(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
+    __m512i decode(const uint8_t* from, int64_t columns) const {
+        return decode(_mm256_maskz_loadu_epi8((__mmask32{1} << columns) - 1, from));
+    }
+
+  private:
+    __m512i decode(__m256i codes) const {
+        const __m512i low = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes));
+        const __m512i high = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1));
+        return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_sub_epi32(high, zero_)),
+                                            _mm512_cvtepi32_ps(_mm512_sub_epi32(low, zero_)));
+    }
+
+    __m512i zero_;
+};
+
+template <>
+class Bf16Form::Row<4> {
+  public:
+    explicit Row(int zero) {
+        const __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        odd_ = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(zero))));
+        even_ = _mm512_srli_epi32(odd_, 16);
+    }
+
+    __m512i decode(const uint8_t* from) const { return decode(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
+    __m512i decode(const uint8_t* from, int64_t columns) const {
+        return decode(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << (columns / 2)) - 1), from));
+    }
+
+  private:
+    // A byte of codes becomes a pair of bf16, each from a table of 16.
+    __m512i decode(__m128i codes) const {
+        const __m512i pairs = _mm512_cvtepu8_epi32(codes);
+        return _mm512_or_si512(_mm512_permutexvar_epi32(pairs, even_),
+                               _mm512_permutexvar_epi32(_mm512_srli_epi32(pairs, 4), odd_));
+    }
+
+    __m512i even_, odd_;
+};
+#else
+constexpr bool kHasBf16Tiles = false;
+#endif
+
+#endif
+
+}  // namespace QNK_ISA
+}  // namespace qnk

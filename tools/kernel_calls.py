@@ -89,26 +89,26 @@ def int_layers() -> Calls:
     """Few and many rows; one group, groups of a tile and of several, with zero points, and of odd sizes; so
     many tiles that nothing is split.
     """
-    one_group, odd_groups = (64, 256, 1, False), (65, 250, 25, True)
-    groups, long_groups, many_outs = (64, 256, 2, True), (64, 2048, 2, True), (1 << 16, 256, 1, True)
+    one_group, many_outs, odd_one = (64, 256, 1, False), (1 << 16, 256, 1, True), (64, 258, 1, True)
+    groups, odd_groups = (64, 256, 2, True), (65, 250, 25, True)
+    long_groups, long_odd_groups = (64, 2048, 2, True), (65, 4100, 2, True)
     for dtype, bits in product(FLOATS, (4, 8)):
-        shapes = (groups, odd_groups, long_groups, *((one_group, many_outs) if dtype != F16 else ()))
+        shapes = (groups, odd_groups, long_groups)
+        if dtype != F16:
+            shapes = (*shapes, long_odd_groups, one_group, many_outs, odd_one)
         for n, k, count, has_zero in shapes:
             scale = torch.empty(n, count)
             zero_point = torch.empty(n, count, dtype=torch.uint8) if has_zero else None
             packed = (torch.empty(n, k * bits // 8, dtype=torch.uint8), scale, zero_point)
-            for m in (1, 64):
-                bias = torch.empty(n) if has_zero else None
-                yield "int_linear", (torch.empty(m, k, dtype=dtype), *packed, bias, bits)
-                yield "int_linear_backward", (torch.empty(m, n, dtype=dtype), *packed, bits)
-            static = torch.empty(()), torch.empty(())
-            for m, quantizer in ((1, (None, None)), (64, static), (128, (None, None))):
-                bias = torch.empty(n) if has_zero else None
-                x = torch.empty(m, k, dtype=dtype)
+            for m in (1, 64, 128):
+                x, bias = torch.empty(m, k, dtype=dtype), torch.empty(n) if has_zero else None
+                quantizer = (torch.empty(()), torch.empty(())) if m == 64 else (None, None)
+                yield "int_linear", (x, *packed, bias, bits)
                 yield "int_linear_quantized", (x, *packed, bias, bits, *quantizer)
+                yield "int_linear_backward", (torch.empty(m, n, dtype=dtype), *packed, bits)
             indices = torch.zeros(3, dtype=torch.int64)
             yield "int_embedding", (indices, *packed, bits, dtype)
-            if count == 1:
+            if not has_zero:
                 wide = torch.empty(n, 4 * k * bits // 8, dtype=torch.uint8)
                 yield "int_embedding", (indices, wide, scale, zero_point, bits, dtype)
 

@@ -62,3 +62,10 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
     else:
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
     return accumulator
+
+
+@triton.jit
+def bf16_head(x):
+    """fp32 x cut to its first 8 significant bits, as bf16, and what is left of it, exactly; 0 of infinity."""
+    head = (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return from_fp32(head, tl.bfloat16), tl.where(tl.abs(x) == float("inf"), 0.0, x - head)

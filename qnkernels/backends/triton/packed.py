@@ -81,8 +81,11 @@ def unit(size: int) -> int:
 
 
 def tile_bytes(group_bytes: int, columns: int, bits: int, least: int) -> int:
-    """Bytes of a row in a tile of `columns` columns, less for small groups, but `least` for the dot."""
-    return max(min(power_of_two(group_bytes), columns * bits // 8), least)
+    """Bytes of a row in a tile of `columns` columns: less for small groups, or for those read byte by byte,
+    which takes registers, but `least` for the dot.
+    """
+    most = columns * bits // 8 if unit(group_bytes) > 1 else least
+    return max(min(power_of_two(group_bytes), most), least)
 
 
 def walk(groups: int, group_bytes: int, block: int) -> int:

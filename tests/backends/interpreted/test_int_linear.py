@@ -10,7 +10,8 @@ from qnkernels.backends import kernels
 from qnkernels.reference.int_linear import dequantize_weight
 
 EPSILON = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-# m, n, k, groups: one of each; odd tails; one past the tiles; tiny groups; odd groups; aligned groups
+# m, n, k, groups: one of each; odd tails; one past the tiles; tiny groups; odd groups; aligned groups; many
+# columns, split; groups of several tiles, few rows and many; groups of a tile, many rows
 SIZES = (
     (1, 1, 2, 1),
     (3, 5, 12, 4),
@@ -20,6 +21,10 @@ SIZES = (
     (5, 3, 30, 6),
     (1, 40, 256, 2),
     (16, 64, 96, 3),
+    (1, 3, 800, 1),
+    (65, 5, 160, 2),
+    (1, 3, 600, 2),
+    (66, 3, 256, 2),
 )
 
 
@@ -32,9 +37,9 @@ def packed(n, k, groups, bits, has_zero, generator):
     return arguments, dequantize_weight(*arguments, bits).double()
 
 
-def assert_near(actual, exact, magnitude, terms, dtype):
-    """|error| <= fp32 roundings of `terms` products and sums, and one rounding to dtype."""
-    bound = (terms + 4) * 2**-24 * magnitude + exact.abs() * EPSILON[dtype]
+def assert_near(actual, exact, magnitude, terms, dtype, operand=0.0):
+    """|error| <= fp32 roundings of `terms` products and sums, those of an operand, and one to dtype."""
+    bound = ((terms + 4) * 2**-24 + operand) * magnitude + exact.abs() * EPSILON[dtype]
     bound += 2**-25 if dtype == torch.float16 else 0.0  # half a step of its subnormal numbers
     assert actual.dtype == dtype
     assert ((actual.double() - exact).abs() <= bound).all()
@@ -55,7 +60,10 @@ def test_forward_and_backward_against_float64(m, n, k, groups, dtype, bits):
         assert_near(y, exact, magnitude, k, dtype)
         grad = torch.randn(m, n, generator=generator).to(dtype)
         grad_x = kernels("triton")["int_linear_backward"](grad, *arguments, bits)
-        assert_near(grad_x, grad.double() @ decoded, grad.double().abs() @ decoded.abs(), n, dtype)
+        # gradients of 16 bits are multiplied by the scale and taken to 2^-16
+        operand = 0.0 if dtype == torch.float32 else 2**-16
+        exact, magnitude = grad.double() @ decoded, grad.double().abs() @ decoded.abs()
+        assert_near(grad_x, exact, magnitude, n, dtype, operand)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -97,3 +105,19 @@ def test_not_finite_inputs_reach_the_output():
     x[0, 3], x[1, 5] = float("nan"), float("inf")
     y = kernels("triton")["int_linear"](x, *arguments, None, 8)
     assert y[0].isnan().all() and not y[1].isfinite().any() and y[2].isfinite().all()
+
+
+def test_fp32_loses_no_bit():
+    """A single product is rounded once, not taken in the 11 bits of tf32 or the 16 of two pieces."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.tensor([[1, 255]], dtype=torch.uint8)
+    arguments = (weight, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8))
+    value = torch.randn(40, generator=generator) * 2.0 ** torch.randint(-30, 30, (40,), generator=generator)
+    for column, code in ((0, 1.0), (1, 255.0)):
+        x = torch.zeros(40, 2)
+        x[:, column] = value
+        y = kernels("triton")["int_linear"](x, *arguments, None, 8)[:, 0]
+        assert ((y.double() - value.double() * code).abs() <= 2**-22 * (value * code).abs()).all()
+        assert code != 1.0 or torch.equal(y, value)
+    grad_x = kernels("triton")["int_linear_backward"](value[:, None], *arguments, 8)
+    assert torch.equal(grad_x[:, 0], value)

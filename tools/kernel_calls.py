@@ -111,6 +111,11 @@ def int_layers() -> Calls:
             if not has_zero:
                 wide = torch.empty(n, 4 * k * bits // 8, dtype=torch.uint8)
                 yield "int_embedding", (indices, wide, scale, zero_point, bits, dtype)
+    # a group of several pieces
+    for bits, m in product((4, 8), (1, 64, 128)):
+        k, scale = 1 << 16, torch.empty(64, 1)
+        packed = (torch.empty(64, k * bits // 8, dtype=torch.uint8), scale, scale.to(torch.uint8))
+        yield "int_linear_quantized", (torch.empty(m, k), *packed, None, bits, None, None)
 
 
 def kmeans() -> Calls:

@@ -204,7 +204,7 @@ def int_linear_quantized_sum_kernel(
     tl.store(y_ptr + index, from_fp32(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-def _tile(m: int, groups: int, group_bytes: int) -> tuple[int, int, int, int, int]:
+def _tile(m: int, bits: int, groups: int, group_bytes: int) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, columns, warps, stages): few rows wait for memory, many for the tensor cores. Over
     groups a program keeps fp32 sums besides the integers, and byte by byte addresses, too: registers bound
     its tile.
@@ -212,7 +212,8 @@ def _tile(m: int, groups: int, group_bytes: int) -> tuple[int, int, int, int, in
     if m <= FEW_ROWS or (groups > 1 and unit(group_bytes) == 1):
         return 16, 64, 128, 4, 4
     if groups > 1:
-        return 64, 128, 64, 8, 3
+        # groups of one tile each are a single loop, in which loads run ahead from one group to the next
+        return 64, 128, 128 if group_bytes * 8 <= 128 * bits else 64, 8, 3
     return (64, 64, 128, 4, 3) if m <= 64 else (64, 128, 128, 8, 3)
 
 
@@ -228,7 +229,7 @@ def int_linear_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_ze
     weight, zero_point, bits = whole_bytes(weight, scale, zero_point, bits)
     bias = None if bias is None else bias.float().contiguous()
     group_bytes = weight.shape[1] // groups
-    block_m, block_n, columns, warps, stages = _tile(m, groups, group_bytes)
+    block_m, block_n, columns, warps, stages = _tile(m, bits, groups, group_bytes)
     block = tile_bytes(group_bytes, columns, bits, 32)
     piece = EXACT_COLUMNS * bits // 8
     pieces = max(cdiv(group_bytes, piece), 1)

@@ -11,7 +11,7 @@ from qnkernels.reference.int_linear import quantize_rows as reference_rows
 
 STATIC = (0.031, 77.0)  # clamps some activations at both ends
 # m, n, k, groups: one of each; odd tails; one past the tiles, split; many rows; tiny and odd groups; aligned
-# groups of one tile and of several
+# groups of one tile and of several, few rows and many
 SIZES = (
     (1, 1, 2, 1),
     (3, 5, 12, 4),
@@ -25,6 +25,7 @@ SIZES = (
     (16, 64, 96, 3),
     (2, 3, 640, 2),
     (33, 3, 400, 2),
+    (17, 3, 256, 2),
 )
 
 

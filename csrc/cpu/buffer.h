@@ -9,22 +9,69 @@
 namespace qnk {
 inline namespace QNK_ISA {
 
-// `count` values of T, aligned to 64 bytes, or null without memory.
+// Memory that a calling thread keeps from one kernel to the next: pages that the system hands out anew in each call
+// would cost as much as many a kernel. Taken and given back in the order of a stack.
+class Stack {
+  public:
+    static Stack& here() {
+        static thread_local Stack stack;
+        return stack;
+    }
+    ~Stack() { free(block_); }
+
+    // Aligned to 64 bytes; null without memory.
+    void* take(size_t bytes) {
+        if (!depth_++ && wanted_ > size_) grow();
+        need_ += bytes;
+        if (need_ > wanted_) wanted_ = need_ < kKept ? need_ : kKept;
+        if (used_ + bytes > size_) return aligned_alloc(64, bytes);
+        void* taken = block_ + used_;
+        used_ += bytes;
+        return taken;
+    }
+
+    void give(void* taken, size_t bytes) {
+        --depth_;
+        need_ -= bytes;
+        uint8_t* at = static_cast<uint8_t*>(taken);
+        if (at >= block_ && at < block_ + size_)
+            used_ -= bytes;
+        else
+            free(taken);
+    }
+
+  private:
+    static constexpr size_t kKept = size_t{16} << 20;
+
+    void grow() {
+        free(block_);
+        block_ = static_cast<uint8_t*>(aligned_alloc(64, wanted_));
+        size_ = block_ ? wanted_ : 0;
+    }
+
+    uint8_t* block_ = nullptr;
+    // bytes: of the block; of it in use; in use in all; the most that was, up to kKept
+    size_t size_ = 0, used_ = 0, need_ = 0, wanted_ = 0;
+    int depth_ = 0;
+};
+
+// `count` values of T, aligned to 64 bytes, or null without memory. Buffers of a thread end in the reverse order of
+// their beginning, as local variables and members do.
 template <typename T>
 class Buffer {
   public:
-    explicit Buffer(int64_t count) {
-        const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-        data_ = static_cast<T*>(aligned_alloc(64, bytes));
-    }
+    explicit Buffer(int64_t count)
+        : bytes_((static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64),
+          data_(static_cast<T*>(Stack::here().take(bytes_))) {}
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { free(data_); }
+    ~Buffer() { Stack::here().give(data_, bytes_); }
 
     explicit operator bool() const { return data_ != nullptr; }
     T* get() const { return data_; }
 
   private:
+    size_t bytes_;
     T* data_;
 };
 

@@ -22,41 +22,46 @@ struct Work {
 };
 
 // y [tokens, n] or the totals, rows o to o + 32 as far as `end`, from value(r, t): 16 sums of row o + r times its scale.
-// `unit` scales tokens, [tokens]; null: 1.
-template <typename T, typename Value>
+// `unit` scales tokens, [tokens]; null: 1. put(to, a, b) stores 32 values of a token.
+template <typename T, typename Value, typename Put>
 inline void finish_rows(const Packed& w, int64_t tokens, bool first, bool last, const float* unit, const float* bias,
-                        T* y, int64_t o, int64_t end, float* totals, const Value& value) {
-    const int64_t block = (tokens + 15) / 16 * 16, n = w.n;
-    for (int64_t t = 0; t < tokens; t += 16)
-        for (int64_t half = 0; half < 32 && o + half < end; half += 16) {
-            const int64_t count = end - o - half < 16 ? end - o - half : 16;
-            const Vec by_token = unit ? load(unit + t) : splat(1.0f);
-            __m512i out[16];
-            for (int64_t r = half; r < half + count; ++r) {
-                Vec sum = value(r, t);
-                float* total = totals + r * block + t;
-                if (!first) sum = load(total) + sum;
-                if (last) {
-                    if (unit) sum = sum * by_token;
-                    if (bias) sum = sum + splat(bias[o + r]);
-                    out[r - half] = _mm512_castps_si512(sum.v);
-                } else {
-                    store(total, sum);
-                }
+                        T* y, int64_t o, int64_t end, float* totals, const Value& value, const Put& put) {
+    const int64_t block = (tokens + 15) / 16 * 16, n = w.n, rows = end - o < 32 ? end - o : 32;
+    for (int64_t t = 0; t < tokens; t += 16) {
+        const Vec by_token = unit ? load(unit + t) : splat(1.0f);
+        const auto sum_of = [&](int64_t r) {
+            Vec sum = value(r, t);
+            if (!first) sum = load(totals + r * block + t) + sum;
+            return sum;
+        };
+        if (!last) {
+            for (int64_t r = 0; r < rows; ++r) store(totals + r * block + t, sum_of(r));
+            continue;
+        }
+        __m512i out[2][16];
+        for (int64_t r = 0; r < 32; ++r) {
+            Vec sum = splat(0.0f);
+            if (r < rows) {
+                sum = sum_of(r);
+                if (unit) sum = sum * by_token;
+                if (bias) sum = sum + splat(bias[o + r]);
             }
-            if (!last) continue;
-            for (int64_t r = count; r < 16; ++r) out[r] = _mm512_setzero_si512();
-            transpose(out);
-            const int64_t here = tokens - t < 16 ? tokens - t : 16;
-            for (int64_t j = 0; j < here; ++j) {
-                const Vec sum{_mm512_castsi512_ps(out[j])};
-                T* to = y + (t + j) * n + o + half;
-                if (count == 16)
-                    store(to, sum);
-                else
-                    store_first(to, sum, static_cast<int>(count));
+            out[r / 16][r % 16] = _mm512_castps_si512(sum.v);
+        }
+        transpose(out[0]);
+        transpose(out[1]);
+        const int64_t here = tokens - t < 16 ? tokens - t : 16;
+        for (int64_t j = 0; j < here; ++j) {
+            const Vec low{_mm512_castsi512_ps(out[0][j])}, high{_mm512_castsi512_ps(out[1][j])};
+            T* to = y + (t + j) * n + o;
+            if (rows == 32) {
+                put(to, low, high);
+            } else {
+                store_first(to, low, static_cast<int>(rows < 16 ? rows : 16));
+                if (rows > 16) store_first(to + 16, high, static_cast<int>(rows - 16));
             }
         }
+    }
 }
 
 class ByteForm {
@@ -71,15 +76,15 @@ class ByteForm {
     static int64_t parts(const Quantization& how) { return how.bytes; }
     int64_t steps(const Segment& s) const { return s.steps; }
     int64_t first_step(const Segment& s) const { return s.step; }
-    static int64_t steps_a_line(int bits) { return 8 / bits; }
+    static int line_shift(int bits) { return bits == 8 ? 0 : 1; }
 
     template <typename T>
     bool take(const T* x, int64_t tokens) {
         return x_.quantize(x, tokens);
     }
     int64_t tokens() const { return x_.tokens(); }
-    int64_t place(int64_t step) const { return step * 64; }
-    __m512i row(int64_t index, int64_t place) const { return _mm512_load_si512(x_.row(index) + place); }
+    int64_t columns(int64_t step) const { return step * 64; }
+    __m512i row(int64_t index, int64_t columns) const { return _mm512_load_si512(x_.row(index) + columns); }
 
     // `steps` steps of a segment from `step` on, for 32 rows from o on as far as `end`; with the sums of their codes.
     template <int Bits>
@@ -141,8 +146,12 @@ class ByteForm {
             const Vec sum = Bytes == 1 ? joined<Bytes>(part) : joined<Bytes>(part) * load(unit + t);
             return sum * splat(scale[r * groups]);
         };
+        const auto put = [](T* to, Vec low, Vec high) {
+            store(to, low);
+            store(to + 16, high);
+        };
         finish_rows(w_, tokens, i == 0, i + 1 == segments_.count(), Bytes == 1 ? unit : nullptr, bias, y, o, end,
-                    work.totals, value);
+                    work.totals, value, put);
     }
 
     const Packed& w_;
@@ -168,7 +177,7 @@ class Bf16Form {
     int64_t first_step(const Segment& s) const {
         return s.group * group_steps_ + (s.column - s.group * w_.group_size()) / 32;
     }
-    static int64_t steps_a_line(int bits) { return 16 / bits; }
+    static int line_shift(int bits) { return bits == 8 ? 1 : 2; }
 
     // False where a row has only magnitudes so small that tiles would take parts of it for zero.
     bool take(const bf16* x, int64_t tokens) {
@@ -191,17 +200,17 @@ class Bf16Form {
     }
     int64_t tokens() const { return tokens_; }
 
-    struct Place {
-        int64_t column;
+    struct Columns {
+        int64_t first;
         __mmask32 mask;
     };
-    Place place(int64_t step) const {
+    Columns columns(int64_t step) const {
         const int64_t in_group = step % group_steps_ * 32, rest = w_.group_size() - in_group;
         return {step / group_steps_ * w_.group_size() + in_group,
                 rest < 32 ? (__mmask32{1} << rest) - 1 : ~__mmask32{0}};
     }
-    __m512i row(int64_t index, const Place& place) const {
-        return _mm512_maskz_loadu_epi16(place.mask, x_ + index * w_.k + place.column);
+    __m512i row(int64_t index, const Columns& columns) const {
+        return _mm512_maskz_loadu_epi16(columns.mask, x_ + index * w_.k + columns.first);
     }
 
     // As ByteForm. Codes past a segment's end meet activations that are zero.
@@ -223,7 +232,11 @@ class Bf16Form {
         const int64_t groups = w_.groups;
         const float *sums = reinterpret_cast<const float*>(work.sums), *scale = w_.scale + o * groups + segments_[i].group;
         const auto value = [&](int64_t r, int64_t t) { return load(sums + r * apart + t) * splat(scale[r * groups]); };
-        finish_rows(w_, tokens_, i == 0, i + 1 == segments_.count(), nullptr, bias, y, o, end, work.totals, value);
+        // (the instruction takes denormals for zero, as the products have)
+        const auto put = [](T* to, Vec low, Vec high) {
+            _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+        };
+        finish_rows(w_, tokens_, i == 0, i + 1 == segments_.count(), nullptr, bias, y, o, end, work.totals, value, put);
     }
 
   private:

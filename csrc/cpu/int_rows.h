@@ -77,10 +77,13 @@ class RowProduct {
     template <int Rows, bool Ones, int Bits, typename T>
     void block(const float* bias, T* y, int64_t begin, int64_t end) const {
         constexpr int kSums = Rows + (Ones ? 1 : 0);
-        alignas(64) int32_t sums[(kSums + 3) / 4 * 4][16];
+        __m512i totals[kSums][16];
+        alignas(64) int32_t sums[kSums][16];
         for (int64_t o = begin; o < end; o += 16) {
             const int count = static_cast<int>(end - o < 16 ? end - o : 16);
-            for (int r = 0; r < count; r += 4) four<Rows, Ones, Bits>(o + r, count - r, &sums[0][r]);
+            for (int r = 0; r < count; r += 4)
+                four<Rows, Ones, Bits>(o + r, count - r, reinterpret_cast<__m512i(*)[16]>(&totals[0][r]));
+            for (int v = 0; v < kSums; ++v) _mm512_store_si512(sums[v], sums_of(totals[v]));
             switch (x_.bytes()) {
                 case 1: write<1>(sums, Ones ? sums[Rows] : nullptr, bias, y, o, count); break;
                 default: write<3>(sums, nullptr, bias, y, o, count);
@@ -88,43 +91,67 @@ class RowProduct {
         }
     }
 
-    // sums [row of activations][16 apart], for 4 rows of the weight from o on, of which `count` exist.
+    // Sums of four rows of the weight with each of Rows rows of activations. (Members by name: arrays would go through
+    // memory.)
+    template <int Rows, bool None = Rows == 0>
+    struct Four {
+        __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
+        Four<Rows - 1> others;
+
+        void add(__m512i p, __m512i q, __m512i r, __m512i s, const int8_t* x, int64_t apart) {
+            add(p, q, r, s, _mm512_load_si512(x));
+            others.add(p, q, r, s, x + apart, apart);
+        }
+        void add(__m512i p, __m512i q, __m512i r, __m512i s, __m512i x) {
+            a = _mm512_dpbusd_epi32(a, p, x);
+            b = _mm512_dpbusd_epi32(b, q, x);
+            c = _mm512_dpbusd_epi32(c, r, x);
+            d = _mm512_dpbusd_epi32(d, s, x);
+        }
+        void store(__m512i (*to)[16]) const {
+            _mm512_store_si512(to[0], a);
+            _mm512_store_si512(to[0] + 1, b);
+            _mm512_store_si512(to[0] + 2, c);
+            _mm512_store_si512(to[0] + 3, d);
+            others.store(to + 1);
+        }
+    };
+    template <int Rows>
+    struct Four<Rows, true> {
+        void add(__m512i, __m512i, __m512i, __m512i, const int8_t*, int64_t) {}
+        void store(__m512i (*)[16]) const {}
+    };
+
+    // totals [row of activations][16 apart]: sums, in 16 lanes each, for 4 rows of the weight from o on, of which `count`
+    // exist.
     template <int Rows, bool Ones, int Bits>
-    void four(int64_t o, int count, int32_t* sums) const {
-        constexpr int kSums = Rows + (Ones ? 1 : 0);
-        const Segment& s = segments_[0];
-        __m512i total[(kSums + 3) / 4 * 16];
-        for (__m512i& one : total) one = _mm512_setzero_si512();
-        const int8_t* x[Rows];
-        for (int v = 0; v < Rows; ++v) x[v] = x_.row(v);
-        const uint8_t* w[4];
-        for (int r = 0; r < 4; ++r) w[r] = w_.row(o + (r < count ? r : 0));
-        const auto add = [&](int64_t step, int r, __m512i codes) {
-#pragma GCC unroll 8
-            for (int v = 0; v < Rows; ++v)
-                total[4 * v + r] = _mm512_dpbusd_epi32(total[4 * v + r], codes, _mm512_load_si512(x[v] + step * 64));
-            if (Ones) total[4 * Rows + r] = _mm512_dpbusd_epi32(total[4 * Rows + r], codes, _mm512_set1_epi8(1));
+    void four(int64_t o, int count, __m512i (*totals)[16]) const {
+        const int64_t whole = Unit<Bits>::whole(segments_[0]), rest = Unit<Bits>::rest(segments_[0]);
+        const int64_t apart = segments_.width();
+        const int8_t* x = x_.row(0);
+        const uint8_t *p = w_.row(o), *q = w_.row(o + (count > 1 ? 1 : 0)), *r = w_.row(o + (count > 2 ? 2 : 0)),
+                      *s = w_.row(o + (count > 3 ? 3 : 0));
+        Four<Rows> total;
+        Four<1> ones;
+        const auto add = [&](__m512i i, __m512i j, __m512i k, __m512i l) {
+            total.add(i, j, k, l, x, apart);
+            if (Ones) ones.add(i, j, k, l, _mm512_set1_epi8(1));
+            x += 64;
         };
-        const int64_t whole = Unit<Bits>::whole(s), rest = Unit<Bits>::rest(s);
-        for (int64_t u = 0; u < whole; ++u) {
-#pragma GCC unroll 4
-            for (int r = 0; r < 4; ++r) {
-                const Unit<Bits> unit(w[r] + u * 64);
-                for (int i = 0; i < Unit<Bits>::kSteps; ++i) add(u * Unit<Bits>::kSteps + i, r, unit.codes[i]);
-            }
+        const auto unit = [&](const Unit<Bits>& i, const Unit<Bits>& j, const Unit<Bits>& k, const Unit<Bits>& l, int steps) {
+            add(i.codes[0], j.codes[0], k.codes[0], l.codes[0]);
+            constexpr int kLast = Unit<Bits>::kSteps - 1;
+            if (steps == 2) add(i.codes[kLast], j.codes[kLast], k.codes[kLast], l.codes[kLast]);
+        };
+        for (int64_t at = 0; at < whole * 64; at += 64)
+            unit(Unit<Bits>(p + at), Unit<Bits>(q + at), Unit<Bits>(r + at), Unit<Bits>(s + at), Unit<Bits>::kSteps);
+        if (rest) {
+            const int64_t at = whole * 64;
+            unit(Unit<Bits>(p + at, rest), Unit<Bits>(q + at, rest), Unit<Bits>(r + at, rest), Unit<Bits>(s + at, rest),
+                 Unit<Bits>::steps(rest));
         }
-        if (rest)
-            for (int r = 0; r < 4; ++r) {
-                const Unit<Bits> unit(w[r] + whole * 64, rest);
-                for (int i = 0; i < Unit<Bits>::steps(rest); ++i) add(whole * Unit<Bits>::kSteps + i, r, unit.codes[i]);
-            }
-        for (int v = 0; v < kSums; v += 4) {
-            const __m512i folded = sums_of(total + 4 * v);
-            _mm_store_si128(reinterpret_cast<__m128i*>(sums + v * 16), _mm512_castsi512_si128(folded));
-            _mm_store_si128(reinterpret_cast<__m128i*>(sums + v * 16 + 16), _mm512_extracti32x4_epi32(folded, 1));
-            _mm_store_si128(reinterpret_cast<__m128i*>(sums + v * 16 + 32), _mm512_extracti32x4_epi32(folded, 2));
-            _mm_store_si128(reinterpret_cast<__m128i*>(sums + v * 16 + 48), _mm512_extracti32x4_epi32(folded, 3));
-        }
+        total.store(totals);
+        if (Ones) ones.store(totals + Rows);
     }
 
     template <int Bytes, typename T>

@@ -17,11 +17,12 @@ inline namespace QNK_ISA {
 // Where the next chunk of the weight lies: `rows` x `lines` of 64 bytes, a share of which each product prefetches.
 struct Ahead {
     const uint8_t* from;
-    int64_t row_bytes, rows, steps_a_line;
+    int64_t row_bytes, rows;
+    int shift;  // 2^shift steps a line
 
     void line(int64_t step) const {
-        if (step % steps_a_line) return;
-        const uint8_t* at = from + step / steps_a_line * 64;
+        if (step & ((1 << shift) - 1)) return;
+        const uint8_t* at = from + (step >> shift) * 64;
         for (int64_t r = 0; r < rows; ++r) _mm_prefetch(reinterpret_cast<const char*>(at + r * row_bytes), _MM_HINT_T1);
     }
 };
@@ -232,19 +233,30 @@ class IntTileProduct {
     // A row of ones gives the sums of the weight's codes, where activations have zero points.
     int64_t ones() const { return Form::kBytes && how_.bytes == 1 ? 1 : 0; }
 
-    // packed [rows / 32][steps][2][16][16 rows][4 bytes], less a second tile that would be empty.
+    // Where in packed rows [steps / run][tiles / 2][run][2][16][16 rows][4 bytes] those of a step of a segment lie: what is
+    // multiplied in a row lies in a row. A run is a chunk; where the weight is not unpacked, it is the row. The last pair
+    // of tiles may be one tile.
+    int64_t place(const Form& form, const Segment& s, int64_t step, int64_t pair, int64_t tiles) const {
+        const int64_t all = form.steps(s), run = direct_ ? all : kSteps, begin = step / run * run;
+        const int64_t steps = all - begin < run ? all - begin : run, in_pair = tiles - 2 * pair < 2 ? 1 : 2;
+        return ((form.first_step(s) + begin) * tiles + pair * 2 * steps + (step - begin) * in_pair) * kTileBytes;
+    }
+
     void pack(const Form& form, int64_t rows, int64_t tile, uint8_t* packed) const {
-        const int64_t tiles = rows - tile / 2 * 32 > 16 ? 2 : 1, given = rows - (direct_ ? ones() : 0);
-        uint8_t* to = packed + tile / 2 * 32 * width_ + tile % 2 * kTileBytes;
-        for (int64_t step = 0; step * 64 < width_; ++step, to += tiles * kTileBytes) {
-            const auto place = form.place(step);
-            __m512i row[16];
-            for (int64_t i = 0; i < 16; ++i) {
-                const int64_t index = tile * 16 + i;
-                row[i] = index < given ? form.row(index, place) : _mm512_set1_epi8(index < rows ? 1 : 0);
+        const int64_t tiles = (rows + 15) / 16, given = rows - (direct_ ? ones() : 0);
+        for (int64_t k = 0; k < segments_.count(); ++k) {
+            const Segment& s = segments_[k];
+            for (int64_t step = 0; step < form.steps(s); ++step) {
+                const auto columns = form.columns(form.first_step(s) + step);
+                __m512i row[16];
+                for (int64_t i = 0; i < 16; ++i) {
+                    const int64_t index = tile * 16 + i;
+                    row[i] = index < given ? form.row(index, columns) : _mm512_set1_epi8(index < rows ? 1 : 0);
+                }
+                transpose(row);
+                uint8_t* to = packed + place(form, s, step, tile / 2, tiles) + tile % 2 * kTileBytes;
+                for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, row[i]);
             }
-            transpose(row);
-            for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, row[i]);
         }
     }
 
@@ -257,10 +269,10 @@ class IntTileProduct {
             form.finish(0, bias, y, o, end, apart_, work);
             return;
         }
-        const int64_t pairs = (rows + 31) / 32, share = (32 + pairs - 1) / pairs;
+        const int64_t tiles = (rows + 15) / 16, pairs = (tiles + 1) / 2, share = (32 + pairs - 1) / pairs;
         for (int64_t i = 0; i < segments_.count(); ++i) {
             const Segment& s = segments_[i];
-            const int64_t all = form.steps(s), start = form.first_step(s);
+            const int64_t all = form.steps(s);
             for (int r = 0; r < 32; ++r) work.code_sums[r] = 0;
             for (int64_t step = 0; step < all; step += kSteps) {
                 const int64_t steps = all - step < kSteps ? all - step : kSteps;
@@ -269,13 +281,11 @@ class IntTileProduct {
                 for (int64_t pair = 0; pair < pairs; ++pair) {
                     ahead.rows = pair * share < 32 ? share : 0;
                     int32_t* c = work.sums + pair * 32;
-                    const uint8_t* b = packed + pair * 32 * width_;
-                    if (rows - pair * 32 > 16)
-                        tile_product<Form, 2>(work.codes, b + (start + step) * 2 * kTileBytes, c, apart_, steps, step == 0,
-                                              ahead);
+                    const uint8_t* b = packed + place(form, s, step, pair, tiles);
+                    if (tiles - 2 * pair > 1)
+                        tile_product<Form, 2>(work.codes, b, c, apart_, steps, step == 0, ahead);
                     else
-                        tile_product<Form, 1>(work.codes, b + (start + step) * kTileBytes, c, apart_, steps, step == 0,
-                                              ahead);
+                        tile_product<Form, 1>(work.codes, b, c, apart_, steps, step == 0, ahead);
                     ahead.from += share * ahead.row_bytes;
                 }
             }
@@ -285,8 +295,8 @@ class IntTileProduct {
 
     // Sums of 32 rows of 8-bit codes, in one segment.
     void multiply_direct(const Form& form, int64_t rows, const uint8_t* packed, int64_t o, Work& work) const {
-        const uint8_t *a = w_.row(o), *third = packed + 32 * width_;
         const int64_t steps = width_ / 64;
+        const uint8_t *a = w_.row(o), *third = packed + 2 * steps * kTileBytes;
         if (rows <= 16)
             direct_product<1>(a, w_.row_bytes(), packed, third, work.sums, apart_, steps);
         else if (rows <= 32)
@@ -299,10 +309,10 @@ class IntTileProduct {
 
     // After `step` of `all` steps of segment i in rows from o on. (Past the last row nothing is read, only prefetched.)
     Ahead next_chunk(int64_t i, int64_t step, int64_t all, int64_t o) const {
-        const int64_t steps_a_line = Form::steps_a_line(w_.bits);
+        const int shift = Form::line_shift(w_.bits);
         const bool done = step >= all && i + 1 == segments_.count();
-        const int64_t column = done ? 0 : segments_[i].column * w_.bits / 8 + step / steps_a_line * 64;
-        return {w_.codes + (o + (done ? 32 : 0)) * w_.row_bytes() + column, w_.row_bytes(), 0, steps_a_line};
+        const int64_t column = done ? 0 : segments_[i].column * w_.bits / 8 + (step >> shift) * 64;
+        return {w_.codes + (o + (done ? 32 : 0)) * w_.row_bytes() + column, w_.row_bytes(), 0, shift};
     }
 
     const Packed& w_;

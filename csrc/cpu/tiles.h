@@ -10,7 +10,7 @@ inline namespace QNK_ISA {
 
 #if defined(__AVX512F__)
 // Transposes 16 rows of 16 values of 32 bits.
-inline void transpose(__m512i* row) {
+__attribute__((always_inline)) inline void transpose(__m512i* row) {
     __m512i pair[16];
     for (int i = 0; i < 16; i += 2) {
         pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);

@@ -58,7 +58,9 @@ template <typename T>
 int multiply(const T* x, const Packed& w, Quantization how, const float* bias, T* y, int64_t m, bool& representable) {
     const Segments segments(w);
     if (!segments) return QNK_NO_MEMORY;
-    const bool rows = RowProduct::serves(segments, how.bytes, m);
+    // (more rows than three are faster in tiles, where tiles need no unpacking)
+    const bool direct = IntTileProduct<ByteForm>::direct(w, segments, how.bytes, m);
+    const bool rows = RowProduct::serves(segments, how.bytes, m) && (!direct || RowProduct::rows(how.bytes, m) <= 3);
     const bool grouped = GroupedRowProduct<3>::serves(w, segments, how.bytes, m);
     if (!rows && !grouped) return multiply_tiles(x, w, segments, how, bias, y, m, representable);
     if constexpr (std::is_same_v<T, bf16>) {

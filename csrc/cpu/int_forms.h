@@ -13,12 +13,11 @@ inline namespace QNK_ISA {
 
 constexpr int64_t kTileBytes = 1024;
 
-// What a thread works in, for 32 rows of the weight.
-struct Work {
-    uint8_t* codes;  // [steps][2][16 rows][64]
-    int32_t* sums;   // [32][apart], bits of fp32 in Bf16Form
-    float* totals;   // [32][tokens], where a row has several segments
-    alignas(64) int32_t code_sums[32];
+// Sums for 32 rows of the weight.
+struct Sums {
+    int32_t* products;         // [32][apart], bits of fp32 in Bf16Form
+    float* totals;             // [32][tokens], where a row has several segments
+    const int32_t* of_codes;   // [32]
 };
 
 // y [tokens, n] or the totals, rows o to o + 32 as far as `end`, from value(r, t): 16 sums of row o + r times its scale.
@@ -86,17 +85,28 @@ class ByteForm {
     int64_t columns(int64_t step) const { return step * 64; }
     __m512i row(int64_t index, int64_t columns) const { return _mm512_load_si512(x_.row(index) + columns); }
 
-    // `steps` steps of a segment from `step` on, for 32 rows from o on as far as `end`; with the sums of their codes.
+    // `steps` steps of a segment of a row from `step` on, to [steps][2 KiB apart][64]; with the sum of their codes.
     template <int Bits>
-    void unpack(const Segment& s, int64_t o, int64_t end, int64_t step, int64_t steps, Work& work) const {
-        if (x_.bytes() == 1)
-            unpack<Bits, true>(s, o, end, step, steps, work);
-        else
-            unpack<Bits, false>(s, o, end, step, steps, work);
+    void unpack(const Segment& s, int64_t row, int64_t step, int64_t steps, uint8_t* to, int32_t& sum) const {
+        constexpr int kSteps = Unit<Bits>::kSteps;
+        const int64_t whole = Unit<Bits>::whole(s), rest = Unit<Bits>::rest(s), unit = step / kSteps;
+        const int64_t stop = unit + steps / kSteps < whole ? unit + steps / kSteps : whole;
+        const uint8_t* from = w_.row(row) + s.column * Bits / 8;
+        __m512i total = _mm512_setzero_si512();
+        const bool sums = x_.bytes() == 1;
+        const auto put = [&](const Unit<Bits>& codes, int count) {
+            for (int i = 0; i < count; ++i, to += 2 * kTileBytes) {
+                _mm512_store_si512(to, codes.codes[i]);
+                if (sums) total = _mm512_dpbusd_epi32(total, codes.codes[i], _mm512_set1_epi8(1));
+            }
+        };
+        for (int64_t u = unit; u < stop; ++u) put(Unit<Bits>(from + u * 64), kSteps);
+        if (rest && step + steps > whole * kSteps) put(Unit<Bits>(from + whole * 64, rest), Unit<Bits>::steps(rest));
+        if (sums) sum = (step ? sum : 0) + _mm512_reduce_add_epi32(total);
     }
 
     template <typename T>
-    void finish(int64_t i, const float* bias, T* y, int64_t o, int64_t end, int64_t apart, Work& work) const {
+    void finish(int64_t i, const float* bias, T* y, int64_t o, int64_t end, int64_t apart, const Sums& work) const {
         switch (x_.bytes()) {
             case 1: return finish<1>(i, bias, y, o, end, apart, work);
             default: return finish<3>(i, bias, y, o, end, apart, work);
@@ -104,31 +114,10 @@ class ByteForm {
     }
 
   private:
-    template <int Bits, bool Sums>
-    void unpack(const Segment& s, int64_t o, int64_t end, int64_t step, int64_t steps, Work& work) const {
-        constexpr int kSteps = Unit<Bits>::kSteps;
-        const int64_t whole = Unit<Bits>::whole(s), rest = Unit<Bits>::rest(s), unit = step / kSteps;
-        const int64_t stop = unit + steps / kSteps < whole ? unit + steps / kSteps : whole;
-        for (int64_t r = 0; r < 32 && o + r < end; ++r) {
-            const uint8_t* from = w_.row(o + r) + s.column * Bits / 8;
-            uint8_t* to = work.codes + r / 16 * kTileBytes + r % 16 * 64;
-            __m512i total = _mm512_setzero_si512();
-            const auto put = [&](const Unit<Bits>& codes, int count) {
-                for (int i = 0; i < count; ++i, to += 2 * kTileBytes) {
-                    _mm512_store_si512(to, codes.codes[i]);
-                    if (Sums) total = _mm512_dpbusd_epi32(total, codes.codes[i], _mm512_set1_epi8(1));
-                }
-            };
-            for (int64_t u = unit; u < stop; ++u) put(Unit<Bits>(from + u * 64), kSteps);
-            if (rest && step + steps > whole * kSteps) put(Unit<Bits>(from + whole * 64, rest), Unit<Bits>::steps(rest));
-            if (Sums) work.code_sums[r] += _mm512_reduce_add_epi32(total);
-        }
-    }
-
     template <int Bytes, typename T>
-    void finish(int64_t i, const float* bias, T* y, int64_t o, int64_t end, int64_t apart, Work& work) const {
+    void finish(int64_t i, const float* bias, T* y, int64_t o, int64_t end, int64_t apart, const Sums& work) const {
         const int64_t tokens = x_.tokens(), groups = w_.groups, group = segments_[i].group;
-        const int32_t *x_zero = x_.zero(), *sums = work.sums, *code_sums = work.code_sums;
+        const int32_t *x_zero = x_.zero(), *sums = work.products, *code_sums = work.of_codes;
         const int32_t* x_sums[Bytes];
         for (int b = 0; b < Bytes; ++b) x_sums[b] = x_.sums(i, b);
         const float *scale = w_.scale + o * groups + group, *unit = x_.scale();
@@ -213,24 +202,21 @@ class Bf16Form {
         return _mm512_maskz_loadu_epi16(columns.mask, x_ + index * w_.k + columns.first);
     }
 
-    // As ByteForm. Codes past a segment's end meet activations that are zero.
+    // As ByteForm, without sums. Codes past a segment's end meet activations that are zero.
     template <int Bits>
-    void unpack(const Segment& s, int64_t o, int64_t end, int64_t step, int64_t steps, Work& work) const {
-        for (int64_t r = 0; r < 32 && o + r < end; ++r) {
-            const uint8_t* from = w_.row(o + r) + (s.column + step * 32) * Bits / 8;
-            uint8_t* to = work.codes + r / 16 * kTileBytes + r % 16 * 64;
-            const Row<Bits> row(w_.zero_point(o + r, s.group));
-            for (int64_t i = 0; i < steps; ++i, from += 4 * Bits, to += 2 * kTileBytes) {
-                const int64_t rest = s.columns - (step + i) * 32;
-                _mm512_store_si512(to, rest < 32 ? row.decode(from, rest) : row.decode(from));
-            }
+    void unpack(const Segment& s, int64_t row, int64_t step, int64_t steps, uint8_t* to, int32_t&) const {
+        const uint8_t* from = w_.row(row) + (s.column + step * 32) * Bits / 8;
+        const Row<Bits> decoder(w_.zero_point(row, s.group));
+        for (int64_t i = 0; i < steps; ++i, from += 4 * Bits, to += 2 * kTileBytes) {
+            const int64_t rest = s.columns - (step + i) * 32;
+            _mm512_store_si512(to, rest < 32 ? decoder.decode(from, rest) : decoder.decode(from));
         }
     }
 
     template <typename T>
-    void finish(int64_t i, const float* bias, T* y, int64_t o, int64_t end, int64_t apart, Work& work) const {
+    void finish(int64_t i, const float* bias, T* y, int64_t o, int64_t end, int64_t apart, const Sums& work) const {
         const int64_t groups = w_.groups;
-        const float *sums = reinterpret_cast<const float*>(work.sums), *scale = w_.scale + o * groups + segments_[i].group;
+        const float *sums = reinterpret_cast<const float*>(work.products), *scale = w_.scale + o * groups + segments_[i].group;
         const auto value = [&](int64_t r, int64_t t) { return load(sums + r * apart + t) * splat(scale[r * groups]); };
         // (the instruction takes denormals for zero, as the products have)
         const auto put = [](T* to, Vec low, Vec high) {

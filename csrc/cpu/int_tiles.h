@@ -2,9 +2,9 @@
 //
 // Floor, with AMX, per 16384 products of bytes or 8192 of bf16: one tile instruction (4.7 ns on Sapphire Rapids; 5.7 in a
 // loop that reads one operand from the first-level cache and the other from the second). A chunk of 32 rows of the
-// weight is unpacked into the first-level cache and meets all tokens of a block there, while the next chunk is
-// prefetched; activations and sums stay in the second-level cache. For few tokens tiles of 8-bit codes are read where
-// they lie, which is as fast as memory.
+// weight is unpacked into the first-level cache and meets all tokens of a block there, while the next chunk is unpacked
+// and the one after it prefetched; activations and sums stay in the second-level cache. For few tokens tiles of 8-bit
+// codes are read where they lie, which is as fast as memory.
 #pragma once
 
 #include "cpu/int_forms.h"
@@ -13,19 +13,6 @@ namespace qnk {
 inline namespace QNK_ISA {
 
 #if defined(__AVX512F__)
-
-// Where the next chunk of the weight lies: `rows` x `lines` of 64 bytes, a share of which each product prefetches.
-struct Ahead {
-    const uint8_t* from;
-    int64_t row_bytes, rows;
-    int shift;  // 2^shift steps a line
-
-    void line(int64_t step) const {
-        if (step & ((1 << shift) - 1)) return;
-        const uint8_t* at = from + (step >> shift) * 64;
-        for (int64_t r = 0; r < rows; ++r) _mm_prefetch(reinterpret_cast<const char*>(at + r * row_bytes), _MM_HINT_T1);
-    }
-};
 
 #if defined(__AMX_INT8__)
 // A zeroed tile would be three times as slow in a product as one that was loaded.
@@ -40,11 +27,12 @@ alignas(64) inline const int32_t kZeros[16] = {};
             _tile_dpbf16ps(c, a, b);                                                           \
     } while (0)
 
-// c [32 rows, `apart`] (+)= a [steps][2][16 rows][64] * b [steps][Tiles][16][16 tokens][4], bytes.
+// c [32 rows, `apart`] (+)= a [steps][2][16 rows][64] * b [steps][Tiles][16][16 tokens][4], bytes. feed.step() does in
+// between what there is to do for the next product.
 // A tile that is loaded anew waits for the product that reads it: each load has a product or two to hide behind.
-template <typename Form, int Tiles>
+template <typename Form, int Tiles, typename Feed>
 inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
-                         const Ahead& ahead) {
+                         Feed& feed) {
     const int64_t stride = first ? 0 : apart * 4, second = first ? 0 : 16 * apart;
     const int32_t* from = first ? kZeros : c;
     _tile_loadd(0, a, 64);
@@ -58,7 +46,7 @@ inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t
         _tile_loadd(7, first ? from : from + second + 16, stride);
     }
     for (int64_t step = 0;; ++step) {
-        ahead.line(step);
+        feed.step();
         QNK_TILE_PRODUCT(4, 0, 2);
         QNK_TILE_PRODUCT(6, 1, 2);
         if (step + 1 == steps) break;
@@ -137,11 +125,11 @@ inline void direct_product(const uint8_t* a, int64_t row_bytes, const uint8_t* b
 }
 constexpr bool kDirect = true;
 #else
-template <typename Form, int Tiles>
+template <typename Form, int Tiles, typename Feed>
 inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
-                         const Ahead& ahead) {
+                         Feed& feed) {
     constexpr int kRows = 8;
-    for (int64_t step = 0; step < steps; ++step) ahead.line(step);
+    for (int64_t step = 0; step < steps; ++step) feed.step();
     for (int row = 0; row < 32; row += kRows) {
         __m512i total[kRows][Tiles];
         for (int r = 0; r < kRows; ++r)
@@ -194,9 +182,11 @@ class IntTileProduct {
         const int64_t tiles = (block * parts + (direct_ ? ones() : 0) + 15) / 16;
         apart_ = tiles * 16 + 16;
         Form form(w_, segments_, how_, block);
-        const Buffer<uint8_t> packed(tiles * 16 * width_);
         const int threads = max_threads();
-        const Buffer<uint8_t> codes(threads * kSteps * 2 * kTileBytes);
+        const bool own = threads <= kOwnThreads;
+        const int64_t packed_bytes = tiles * 16 * width_;
+        const Buffer<uint8_t> packed((own ? threads : 1) * packed_bytes);
+        const Buffer<uint8_t> codes(threads * 2 * kChunkBytes);
         const Buffer<int32_t> sums(threads * 32 * apart_);
         const bool several = segments_.count() > 1;
         const Buffer<float> totals(several ? threads * 32 * block : 0);
@@ -206,19 +196,26 @@ class IntTileProduct {
             representable = form.take(x + first * w_.k, tokens);
             if (!representable) return QNK_OK;
             const int64_t rows = tokens * parts + (direct_ ? ones() : 0);
-            parallel_for((rows + 15) / 16, 65536 / width_ / 16 + 1, [&](int64_t begin, int64_t end) {
-                for (int64_t tile = begin; tile < end; ++tile) pack(form, rows, tile, packed.get());
-            });
+            const auto pack_tiles = [&](int64_t begin, int64_t end, uint8_t* to) {
+                for (int64_t tile = begin; tile < end; ++tile) pack(form, rows, tile, to);
+            };
+            if (!own)
+                parallel_for((rows + 15) / 16, 65536 / width_ / 16 + 1,
+                             [&](int64_t begin, int64_t end) { pack_tiles(begin, end, packed.get()); });
             parallel_for(w_.n, 32, [&](int64_t begin, int64_t end, int thread) {
                 const Tiles scope;
-                Work work{codes.get() + thread * kSteps * 2 * kTileBytes, sums.get() + thread * 32 * apart_,
-                          totals.get() + (several ? thread * 32 * block : 0), {}};
-                for (int64_t o = begin; o < end; o += 32) {
-                    if (w_.bits == 8)
-                        multiply_rows<8>(form, rows, packed.get(), bias, y + first * w_.n, o, end, work);
-                    else
-                        multiply_rows<4>(form, rows, packed.get(), bias, y + first * w_.n, o, end, work);
-                }
+                const Sums work{sums.get() + thread * 32 * apart_, totals.get() + (several ? thread * 32 * block : 0), nullptr};
+                T* to = y + first * w_.n;
+                uint8_t* x_tiles = packed.get() + (own ? thread * packed_bytes : 0);
+                if (own) pack_tiles(0, (rows + 15) / 16, x_tiles);
+                int64_t o = begin;
+                for (; direct_ && o + 32 <= end; o += 32) multiply_direct(form, rows, x_tiles, bias, to, o, work);
+                if (o == end) return;
+                uint8_t* unpacked = codes.get() + thread * 2 * kChunkBytes;
+                if (w_.bits == 8)
+                    multiply_chunks<8>(form, rows, x_tiles, bias, to, o, end, unpacked, work);
+                else
+                    multiply_chunks<4>(form, rows, x_tiles, bias, to, o, end, unpacked, work);
             });
         }
         return QNK_OK;
@@ -229,6 +226,9 @@ class IntTileProduct {
     static constexpr int64_t kMostRows = 256;    // of activations in a block
     static constexpr int64_t kCache = 1 << 20;   // bytes of them
     static constexpr int64_t kDirectRows = 48;   // three tiles
+    // Up to so many threads pack tiles each for itself: half of what another one packed lies in the other's cache.
+    static constexpr int kOwnThreads = 4;
+    static constexpr int64_t kChunkBytes = kSteps * 2 * kTileBytes;
 
     // A row of ones gives the sums of the weight's codes, where activations have zero points.
     int64_t ones() const { return Form::kBytes && how_.bytes == 1 ? 1 : 0; }
@@ -260,59 +260,118 @@ class IntTileProduct {
         }
     }
 
-    // y [tokens, n], rows o to o + 32 of the weight as far as `end`.
-    template <int Bits, typename T>
-    void multiply_rows(const Form& form, int64_t rows, const uint8_t* packed, const float* bias, T* y, int64_t o,
-                       int64_t end, Work& work) const {
-        if (direct_ && o + 32 <= end) {
-            multiply_direct(form, rows, packed, o, work);
-            form.finish(0, bias, y, o, end, apart_, work);
-            return;
-        }
-        const int64_t tiles = (rows + 15) / 16, pairs = (tiles + 1) / 2, share = (32 + pairs - 1) / pairs;
-        for (int64_t i = 0; i < segments_.count(); ++i) {
-            const Segment& s = segments_[i];
-            const int64_t all = form.steps(s);
-            for (int r = 0; r < 32; ++r) work.code_sums[r] = 0;
-            for (int64_t step = 0; step < all; step += kSteps) {
-                const int64_t steps = all - step < kSteps ? all - step : kSteps;
-                form.template unpack<Bits>(s, o, end, step, steps, work);
-                Ahead ahead = next_chunk(i, step + steps, all, o);
-                for (int64_t pair = 0; pair < pairs; ++pair) {
-                    ahead.rows = pair * share < 32 ? share : 0;
-                    int32_t* c = work.sums + pair * 32;
-                    const uint8_t* b = packed + place(form, s, step, pair, tiles);
-                    if (tiles - 2 * pair > 1)
-                        tile_product<Form, 2>(work.codes, b, c, apart_, steps, step == 0, ahead);
-                    else
-                        tile_product<Form, 1>(work.codes, b, c, apart_, steps, step == 0, ahead);
-                    ahead.from += share * ahead.row_bytes;
-                }
+    // Steps [step, step + steps) of segment i in 32 rows of the weight from o on.
+    struct Chunk {
+        int64_t o, i = 0, step = 0, steps = 0;
+        int turn = 0;  // which changes with the segment
+    };
+
+    // The next one; false past the last row.
+    bool advance(const Form& form, int64_t end, Chunk& chunk) const {
+        chunk.step += chunk.steps;
+        if (chunk.step == form.steps(segments_[chunk.i])) {
+            chunk.step = 0;
+            chunk.turn ^= 1;
+            if (++chunk.i == segments_.count()) {
+                chunk.i = 0;
+                chunk.o += 32;
             }
-            form.finish(i, bias, y, o, end, apart_, work);
+        }
+        const int64_t rest = form.steps(segments_[chunk.i]) - chunk.step;
+        chunk.steps = rest < kSteps ? rest : kSteps;
+        return chunk.o < end;
+    }
+
+    // Unpacks a chunk row by row, as many rows in a step as it takes to be done after `slots` steps, and prefetches the
+    // rows of a later one.
+    template <int Bits>
+    struct Feed {
+        const IntTileProduct& product;
+        const Form& form;
+        const Chunk *chunk, *later;  // null: there is none
+        int64_t end;
+        uint8_t* codes;
+        int32_t (*code_sums)[32];
+        int64_t slots, due = 0, row = 0;
+
+        void step() {
+            for (due += 32; due >= slots; due -= slots) next();
+        }
+        void finish() {
+            while (row < 32) next();
+        }
+
+      private:
+        void next() {
+            const int64_t r = row++;
+            if (r >= 32 || !chunk || chunk->o + r >= end) return;
+            const Segment& s = product.segments_[chunk->i];
+            form.template unpack<Bits>(s, chunk->o + r, chunk->step, chunk->steps,
+                                       codes + r / 16 * kTileBytes + r % 16 * 64, code_sums[chunk->turn][r]);
+            if (!later || later->o + r >= end) return;
+            const int shift = Form::line_shift(Bits);
+            const uint8_t* from = product.w_.row(later->o + r) + product.segments_[later->i].column * Bits / 8 +
+                                  (later->step >> shift) * 64;
+            for (int64_t line = 0; line <= (later->steps - 1) >> shift; ++line)
+                _mm_prefetch(reinterpret_cast<const char*>(from + line * 64), _MM_HINT_T1);
+        }
+    };
+
+    // y [tokens, n], rows begin to end of the weight. unpacked: two chunks.
+    template <int Bits, typename T>
+    void multiply_chunks(const Form& form, int64_t rows, const uint8_t* packed, const float* bias, T* y, int64_t begin,
+                         int64_t end, uint8_t* unpacked, Sums work) const {
+        alignas(64) int32_t code_sums[2][32] = {};
+        const int64_t tiles = (rows + 15) / 16;
+        Chunk now{begin};
+        now.steps = form.steps(segments_[0]) < kSteps ? form.steps(segments_[0]) : kSteps;
+        Chunk next = now;
+        bool more = advance(form, end, next);
+        Feed<Bits>{*this, form, &now, more ? &next : nullptr, end, unpacked, code_sums, 1}.finish();
+        for (int64_t parity = 0;; parity ^= kChunkBytes) {
+            Chunk later = next;
+            const bool further = more && advance(form, end, later);
+            const int64_t slots = (tiles + 1) / 2 * now.steps;
+            Feed<Bits> feed{*this, form, more ? &next : nullptr, further ? &later : nullptr, end,
+                            unpacked + (parity ^ kChunkBytes), code_sums, slots};
+            const Segment& s = segments_[now.i];
+            for (int64_t pair = 0; pair * 2 < tiles; ++pair) {
+                const uint8_t* b = packed + place(form, s, now.step, pair, tiles);
+                int32_t* c = work.products + pair * 32;
+                if (tiles - 2 * pair > 1)
+                    tile_product<Form, 2>(unpacked + parity, b, c, apart_, now.steps, now.step == 0, feed);
+                else
+                    tile_product<Form, 1>(unpacked + parity, b, c, apart_, now.steps, now.step == 0, feed);
+            }
+            feed.finish();
+            if (now.step + now.steps == form.steps(s)) {
+                work.of_codes = code_sums[now.turn];
+                form.finish(now.i, bias, y, now.o, end, apart_, work);
+            }
+            if (!more) return;
+            now = next;
+            next = later;
+            more = further;
         }
     }
 
-    // Sums of 32 rows of 8-bit codes, in one segment.
-    void multiply_direct(const Form& form, int64_t rows, const uint8_t* packed, int64_t o, Work& work) const {
+    // y of 32 rows of 8-bit codes from o on, in one segment.
+    template <typename T>
+    void multiply_direct(const Form& form, int64_t rows, const uint8_t* packed, const float* bias, T* y, int64_t o,
+                         Sums work) const {
         const int64_t steps = width_ / 64;
         const uint8_t *a = w_.row(o), *third = packed + 2 * steps * kTileBytes;
         if (rows <= 16)
-            direct_product<1>(a, w_.row_bytes(), packed, third, work.sums, apart_, steps);
+            direct_product<1>(a, w_.row_bytes(), packed, third, work.products, apart_, steps);
         else if (rows <= 32)
-            direct_product<2>(a, w_.row_bytes(), packed, third, work.sums, apart_, steps);
+            direct_product<2>(a, w_.row_bytes(), packed, third, work.products, apart_, steps);
         else
-            direct_product<3>(a, w_.row_bytes(), packed, third, work.sums, apart_, steps);
+            direct_product<3>(a, w_.row_bytes(), packed, third, work.products, apart_, steps);
+        int32_t code_sums[32];
         if (ones())
-            for (int r = 0; r < 32; ++r) work.code_sums[r] = work.sums[r * apart_ + form.tokens()];
-    }
-
-    // After `step` of `all` steps of segment i in rows from o on. (Past the last row nothing is read, only prefetched.)
-    Ahead next_chunk(int64_t i, int64_t step, int64_t all, int64_t o) const {
-        const int shift = Form::line_shift(w_.bits);
-        const bool done = step >= all && i + 1 == segments_.count();
-        const int64_t column = done ? 0 : segments_[i].column * w_.bits / 8 + (step >> shift) * 64;
-        return {w_.codes + (o + (done ? 32 : 0)) * w_.row_bytes() + column, w_.row_bytes(), 0, shift};
+            for (int r = 0; r < 32; ++r) code_sums[r] = work.products[r * apart_ + form.tokens()];
+        work.of_codes = code_sums;
+        form.finish(0, bias, y, o, o + 32, apart_, work);
     }
 
     const Packed& w_;

@@ -10,19 +10,32 @@ inline namespace QNK_ISA {
 
 #if defined(__AVX512F__)
 
-// Lane 4 j + i <- the sum of lanes of total[4 j + i].
-inline __m512i sums_of(const __m512i* total) {
+// Lane 4 j + i <- the sum of lanes of total[4 j + i], by add(a, b).
+template <typename Add>
+inline __m512i sums_of(const __m512i* total, const Add& add) {
     __m512i quarter[4];
     for (int j = 0; j < 4; ++j) {
         const __m512i* t = total + 4 * j;
-        const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(t[0], t[1]), _mm512_unpackhi_epi32(t[0], t[1]));
-        const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(t[2], t[3]), _mm512_unpackhi_epi32(t[2], t[3]));
-        quarter[j] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+        const __m512i a = add(_mm512_unpacklo_epi32(t[0], t[1]), _mm512_unpackhi_epi32(t[0], t[1]));
+        const __m512i b = add(_mm512_unpacklo_epi32(t[2], t[3]), _mm512_unpackhi_epi32(t[2], t[3]));
+        quarter[j] = add(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
     }
-    const auto fold = [](__m512i a, __m512i b) {
-        return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+    const auto fold = [&](__m512i a, __m512i b) {
+        return add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
     };
     return fold(fold(quarter[0], quarter[1]), fold(quarter[2], quarter[3]));
+}
+
+inline __m512i sums_of(const __m512i* total) {
+    return sums_of(total, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
+}
+
+inline Vec sums_of(const Vec (&total)[16]) {
+    __m512i bits[16];
+    for (int i = 0; i < 16; ++i) bits[i] = _mm512_castps_si512(total[i].v);
+    return {_mm512_castsi512_ps(sums_of(bits, [](__m512i a, __m512i b) {
+        return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+    }))};
 }
 
 inline __m512i load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -184,48 +197,64 @@ class RowProduct {
     const Activations& x_;
 };
 
-// One token and 4-bit codes in short groups: the sums of a group stay in 16 lanes, as integers, and are scaled there.
+// Few tokens and 4-bit codes in short groups: the sums of a group stay in 16 lanes, as integers, and are scaled there.
 //
-// Per 64 bytes of codes: an instruction for each step and byte of fixed point, 3 to unpack, 8 to join, shift and scale.
-// What zero points take off is looked up, since products of 32-bit integers would load the port that is loaded most.
+// Per 64 bytes of codes: 3 instructions to unpack, and for each token one for each step and byte of fixed point and 8 to
+// join, shift and scale. What zero points take off is looked up, since products of 32-bit integers would load the port
+// that is loaded most.
 template <int Bytes>
 class GroupedRowProduct {
   public:
     GroupedRowProduct(const Packed& w, const Segments& segments, const Activations& x)
-        : w_(w), segments_(segments), x_(x), zeros_(w.zero ? 16 : 1), shifts_(segments.count() * zeros_ * 16) {
+        : w_(w), segments_(segments), x_(x), zeros_(w.zero ? 16 : 1),
+          shifts_(x.tokens() * segments.count() * zeros_ * 16) {
         if (!shifts_) return;
-        for (int64_t i = 0; i < segments.count(); ++i) {
-            Parts sums = Parts::zero();
-            for (int64_t step = 0; step < segments[i].steps; ++step)
-                sums.add(_mm512_set1_epi8(1), Parts::of(x.row(0) + (segments[i].step + step) * 64, segments.width()));
-            const __m512i all = sums.whole();
-            for (int z = 0; z < zeros_; ++z) {
-                const __m512i zero = _mm512_set1_epi32(w.zero ? z : w.zero_point(0, 0));
-                _mm512_store_si512(shifts_.get() + (i * zeros_ + z) * 16, _mm512_mullo_epi32(all, zero));
+        for (int64_t t = 0; t < x.tokens(); ++t)
+            for (int64_t i = 0; i < segments.count(); ++i) {
+                Parts sums = Parts::zero();
+                for (int64_t step = 0; step < segments[i].steps; ++step)
+                    sums.add(_mm512_set1_epi8(1), Parts::of(x.row(t) + (segments[i].step + step) * 64, apart()));
+                for (int z = 0; z < zeros_; ++z) {
+                    const __m512i zero = _mm512_set1_epi32(w.zero ? z : w.zero_point(0, 0));
+                    _mm512_store_si512(shifts(t) + (i * zeros_ + z) * 16, _mm512_mullo_epi32(sums.whole(), zero));
+                }
             }
-        }
     }
 
     // A lane holds sums of up to 32 products of 15 by 2^22, which fit 31 bits.
     static bool serves(const Packed& w, const Segments& segments, int bytes, int64_t tokens) {
-        return w.bits == 4 && tokens == 1 && bytes == Bytes && segments.count() > 1 && w.group_size() <= 512;
+        return w.bits == 4 && tokens <= kMostTokens && bytes > 1 && segments.count() > 1 && w.group_size() <= 512;
     }
 
     explicit operator bool() const { return static_cast<bool>(shifts_); }
 
-    // Rows [begin, end) of the weight, y [n].
+    // Rows [begin, end) of the weight, y [tokens, n].
     template <typename T>
     void multiply(const float* bias, T* y, int64_t begin, int64_t end) const {
-        for (int64_t o = begin; o < end; o += 4) {
-            const int64_t count = end - o < 4 ? end - o : 4;
-            Vec total[4];
-            four(o, count, total);
-            for (int64_t r = 0; r < count; ++r)
-                y[o + r] = from_float<T>(sum(total[r]) * x_.scale()[0] + (bias ? bias[o + r] : 0.0f));
+        for (int64_t o = begin; o < end; o += 16) {
+            const int64_t count = end - o < 16 ? end - o : 16;
+            const Mask rows = first_lanes(static_cast<int>(count));
+            const Vec shift{bias ? _mm512_maskz_loadu_ps(rows, bias + o) : _mm512_setzero_ps()};
+            Vec total[16] = {};
+            for (int64_t t = 0; t < x_.tokens(); ++t) {
+                for (int64_t r = 0; r < count; r += 4) four(o + r, count - r, t, total + r);
+                Vec value = sums_of(total) * splat(x_.scale()[t]);
+                if (bias) value = value + shift;
+                T* to = y + t * w_.n + o;
+                if (count == 16)
+                    store(to, value);
+                else
+                    store_first(to, value, static_cast<int>(count));
+            }
         }
     }
 
   private:
+    static constexpr int64_t kMostTokens = 6;
+
+    int64_t apart() const { return x_.tokens() * segments_.width(); }  // of the bytes of a token
+    int32_t* shifts(int64_t t) const { return shifts_.get() + t * segments_.count() * zeros_ * 16; }
+
     // Lanes shifted left by bytes, on the port that has less to do.
     static __m512i shift_bytes(__m512i value, int bytes) {
         const __m128i one = _mm_setr_epi8(-1, 0, 1, 2, -1, 4, 5, 6, -1, 8, 9, 10, -1, 12, 13, 14);
@@ -261,38 +290,42 @@ class GroupedRowProduct {
     struct Row {
         const uint8_t *codes, *zero;
         const float* scale;
-        Vec total;
 
-        Row(const Packed& w, int64_t row) : codes(w.row(row)), scale(w.scale + row * w.groups), total(splat(0.0f)) {
+        Row(const Packed& w, int64_t row) : codes(w.row(row)), scale(w.scale + row * w.groups) {
             static const uint8_t none = 0;
             zero = w.zero ? w.zero + row * w.groups : &none;
         }
-
-        void add(const Parts& sums, const int32_t* shifts, int64_t g, int64_t next_zero) {
-            const __m512i sum = _mm512_sub_epi32(sums.whole(), load_int(shifts + zero[g * next_zero] * 16));
-            total = fma(to_vec(sum), splat(scale[g]), total);
-        }
     };
 
-    // total [4] = rows o to o + 4 of the weight, of which `count` exist, in lanes. (What the loop reads is in locals: the
-    // compiler must assume that a store changes members.)
-    void four(int64_t o, int64_t count, Vec* total) const {
-        const int64_t groups = w_.groups, units = Unit<4>::whole(segments_[0]);
-        const int64_t rest = Unit<4>::rest(segments_[0]), next_zero = w_.zero ? 1 : 0, zeros = zeros_;
-        const int64_t apart = segments_.width(), ahead = 4 * w_.row_bytes();
-        const int32_t* shifts = shifts_.get();
-        const int8_t* x = x_.row(0);
-        Row a(w_, o), b(w_, o + (count > 1 ? 1 : 0)), c(w_, o + (count > 2 ? 2 : 0)), d(w_, o + (count > 3 ? 3 : 0));
+    static Vec scaled(const Parts& sums, const Row& row, const int32_t* shifts, int64_t g, int64_t next_zero, Vec total) {
+        const __m512i sum = _mm512_sub_epi32(sums.whole(), load_int(shifts + row.zero[g * next_zero] * 16));
+        return fma(to_vec(sum), splat(row.scale[g]), total);
+    }
+
+    // total [4]: token t, rows o to o + 4 of the weight, of which `count` exist, in lanes. (What the loop reads is in locals:
+    // the compiler must assume that a store changes members. Two tokens at once would not fit the registers.)
+    void four(int64_t o, int64_t count, int64_t t, Vec* total) const {
+        const int64_t groups = w_.groups, units = Unit<4>::whole(segments_[0]), rest = Unit<4>::rest(segments_[0]);
+        const int64_t next_zero = w_.zero ? 1 : 0, next_shifts = zeros_ * 16, apart = this->apart();
+        const int64_t ahead = 4 * w_.row_bytes();
+        const int8_t* x = x_.row(t);
+        const int32_t* x_shifts = shifts(t);
+        const Row a(w_, o), b(w_, o + (count > 1 ? 1 : 0)), c(w_, o + (count > 2 ? 2 : 0)), d(w_, o + (count > 3 ? 3 : 0));
+        Vec total_a = splat(0.0f), total_b = total_a, total_c = total_a, total_d = total_a;
         for (int64_t g = 0, at = 0; g < groups; ++g) {
             Parts in_a = Parts::zero(), in_b = in_a, in_c = in_a, in_d = in_a;
-            const auto unit = [&](const Unit<4>& p, const Unit<4>& q, const Unit<4>& r, const Unit<4>& s, int steps) {
-                for (int i = 0; i < steps; ++i, x += 64) {
-                    const Parts parts = Parts::of(x, apart);
-                    in_a.add(i ? p.codes[1] : p.codes[0], parts);
-                    in_b.add(i ? q.codes[1] : q.codes[0], parts);
-                    in_c.add(i ? r.codes[1] : r.codes[0], parts);
-                    in_d.add(i ? s.codes[1] : s.codes[0], parts);
-                }
+            const auto step = [&](__m512i p, __m512i q, __m512i r, __m512i s) __attribute__((always_inline)) {
+                const Parts parts = Parts::of(x, apart);
+                in_a.add(p, parts);
+                in_b.add(q, parts);
+                in_c.add(r, parts);
+                in_d.add(s, parts);
+                x += 64;
+            };
+            const auto unit = [&](const Unit<4>& p, const Unit<4>& q, const Unit<4>& r, const Unit<4>& s,
+                                  int steps) __attribute__((always_inline)) {
+                step(p.codes[0], q.codes[0], r.codes[0], s.codes[0]);
+                if (steps == 2) step(p.codes[1], q.codes[1], r.codes[1], s.codes[1]);
             };
             for (int64_t u = 0; u < units; ++u, at += 64) {
                 // of the next four rows
@@ -305,23 +338,23 @@ class GroupedRowProduct {
                      Unit<4>(d.codes + at, rest), Unit<4>::steps(rest));
                 at += rest;
             }
-            a.add(in_a, shifts, g, next_zero);
-            b.add(in_b, shifts, g, next_zero);
-            c.add(in_c, shifts, g, next_zero);
-            d.add(in_d, shifts, g, next_zero);
-            shifts += zeros * 16;
+            total_a = scaled(in_a, a, x_shifts, g, next_zero, total_a);
+            total_b = scaled(in_b, b, x_shifts, g, next_zero, total_b);
+            total_c = scaled(in_c, c, x_shifts, g, next_zero, total_c);
+            total_d = scaled(in_d, d, x_shifts, g, next_zero, total_d);
+            x_shifts += next_shifts;
         }
-        total[0] = a.total;
-        total[1] = b.total;
-        total[2] = c.total;
-        total[3] = d.total;
+        total[0] = total_a;
+        total[1] = total_b;
+        total[2] = total_c;
+        total[3] = total_d;
     }
 
     const Packed& w_;
     const Segments& segments_;
     const Activations& x_;
     int64_t zeros_;
-    Buffer<int32_t> shifts_;  // [groups][zero points][16 lanes]: a zero point times the sums of the activations
+    Buffer<int32_t> shifts_;  // [tokens][groups][zero points][16 lanes]: a zero point times the sums of the activations
 };
 
 #endif

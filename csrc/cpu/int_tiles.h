@@ -229,6 +229,7 @@ class IntTileProduct {
     // Up to so many threads pack tiles each for itself: half of what another one packed lies in the other's cache.
     static constexpr int kOwnThreads = 4;
     static constexpr int64_t kChunkBytes = kSteps * 2 * kTileBytes;
+    static constexpr int64_t kMostSegments = 4;  // of a chunk
 
     // A row of ones gives the sums of the weight's codes, where activations have zero points.
     int64_t ones() const { return Form::kBytes && how_.bytes == 1 ? 1 : 0; }
@@ -260,25 +261,38 @@ class IntTileProduct {
         }
     }
 
-    // Steps [step, step + steps) of segment i in 32 rows of the weight from o on.
+    // What is unpacked at once of 32 rows of the weight, from o on: steps [step, step + steps) of segment i, or several whole
+    // segments where they are short.
     struct Chunk {
-        int64_t o, i = 0, step = 0, steps = 0;
+        int64_t o, i = 0, step = 0, steps = 0, segments = 1;
         int turn = 0;  // which changes with the segment
     };
+
+    void measure(const Form& form, Chunk& chunk) const {
+        const int64_t all = form.steps(segments_[chunk.i]), rest = all - chunk.step;
+        chunk.steps = rest < kSteps ? rest : kSteps;
+        chunk.segments = 1;
+        if (chunk.step || all * 2 > kSteps) return;
+        for (int64_t next = chunk.i + 1; next < segments_.count(); ++next, ++chunk.segments) {
+            const int64_t more = form.steps(segments_[next]);
+            if (chunk.steps + more > kSteps || chunk.segments == kMostSegments) break;
+            chunk.steps += more;
+        }
+    }
 
     // The next one; false past the last row.
     bool advance(const Form& form, int64_t end, Chunk& chunk) const {
         chunk.step += chunk.steps;
-        if (chunk.step == form.steps(segments_[chunk.i])) {
+        if (chunk.segments > 1 || chunk.step == form.steps(segments_[chunk.i])) {
             chunk.step = 0;
             chunk.turn ^= 1;
-            if (++chunk.i == segments_.count()) {
+            chunk.i += chunk.segments;
+            if (chunk.i == segments_.count()) {
                 chunk.i = 0;
                 chunk.o += 32;
             }
         }
-        const int64_t rest = form.steps(segments_[chunk.i]) - chunk.step;
-        chunk.steps = rest < kSteps ? rest : kSteps;
+        measure(form, chunk);
         return chunk.o < end;
     }
 
@@ -291,7 +305,7 @@ class IntTileProduct {
         const Chunk *chunk, *later;  // null: there is none
         int64_t end;
         uint8_t* codes;
-        int32_t (*code_sums)[32];
+        int32_t (*code_sums)[kMostSegments][32];  // of both turns
         int64_t slots, due = 0, row = 0;
 
         void step() {
@@ -305,9 +319,13 @@ class IntTileProduct {
         void next() {
             const int64_t r = row++;
             if (r >= 32 || !chunk || chunk->o + r >= end) return;
-            const Segment& s = product.segments_[chunk->i];
-            form.template unpack<Bits>(s, chunk->o + r, chunk->step, chunk->steps,
-                                       codes + r / 16 * kTileBytes + r % 16 * 64, code_sums[chunk->turn][r]);
+            uint8_t* to = codes + r / 16 * kTileBytes + r % 16 * 64;
+            for (int64_t k = 0; k < chunk->segments; ++k) {
+                const Segment& s = product.segments_[chunk->i + k];
+                const int64_t steps = chunk->segments > 1 ? form.steps(s) : chunk->steps;
+                form.template unpack<Bits>(s, chunk->o + r, chunk->step, steps, to, code_sums[chunk->turn][k][r]);
+                to += steps * 2 * kTileBytes;
+            }
             if (!later || later->o + r >= end) return;
             const int shift = Form::line_shift(Bits);
             const uint8_t* from = product.w_.row(later->o + r) + product.segments_[later->i].column * Bits / 8 +
@@ -321,10 +339,10 @@ class IntTileProduct {
     template <int Bits, typename T>
     void multiply_chunks(const Form& form, int64_t rows, const uint8_t* packed, const float* bias, T* y, int64_t begin,
                          int64_t end, uint8_t* unpacked, Sums work) const {
-        alignas(64) int32_t code_sums[2][32] = {};
+        alignas(64) int32_t code_sums[2][kMostSegments][32] = {};
         const int64_t tiles = (rows + 15) / 16;
         Chunk now{begin};
-        now.steps = form.steps(segments_[0]) < kSteps ? form.steps(segments_[0]) : kSteps;
+        measure(form, now);
         Chunk next = now;
         bool more = advance(form, end, next);
         Feed<Bits>{*this, form, &now, more ? &next : nullptr, end, unpacked, code_sums, 1}.finish();
@@ -334,20 +352,25 @@ class IntTileProduct {
             const int64_t slots = (tiles + 1) / 2 * now.steps;
             Feed<Bits> feed{*this, form, more ? &next : nullptr, further ? &later : nullptr, end,
                             unpacked + (parity ^ kChunkBytes), code_sums, slots};
-            const Segment& s = segments_[now.i];
-            for (int64_t pair = 0; pair * 2 < tiles; ++pair) {
-                const uint8_t* b = packed + place(form, s, now.step, pair, tiles);
-                int32_t* c = work.products + pair * 32;
-                if (tiles - 2 * pair > 1)
-                    tile_product<Form, 2>(unpacked + parity, b, c, apart_, now.steps, now.step == 0, feed);
-                else
-                    tile_product<Form, 1>(unpacked + parity, b, c, apart_, now.steps, now.step == 0, feed);
+            const uint8_t* codes = unpacked + parity;
+            for (int64_t k = 0; k < now.segments; ++k) {
+                const Segment& s = segments_[now.i + k];
+                const int64_t steps = now.segments > 1 ? form.steps(s) : now.steps;
+                for (int64_t pair = 0; pair * 2 < tiles; ++pair) {
+                    const uint8_t* b = packed + place(form, s, now.step, pair, tiles);
+                    int32_t* c = work.products + pair * 32;
+                    if (tiles - 2 * pair > 1)
+                        tile_product<Form, 2>(codes, b, c, apart_, steps, now.step == 0, feed);
+                    else
+                        tile_product<Form, 1>(codes, b, c, apart_, steps, now.step == 0, feed);
+                }
+                codes += steps * 2 * kTileBytes;
+                if (now.step + steps == form.steps(s)) {
+                    work.of_codes = code_sums[now.turn][k];
+                    form.finish(now.i + k, bias, y, now.o, end, apart_, work);
+                }
             }
             feed.finish();
-            if (now.step + now.steps == form.steps(s)) {
-                work.of_codes = code_sums[now.turn];
-                form.finish(now.i, bias, y, now.o, end, apart_, work);
-            }
             if (!more) return;
             now = next;
             next = later;

@@ -23,7 +23,8 @@ namespace {
 
 // Whether fixed point in two bytes, half a unit of which is at most 2^-15 of the largest magnitude, loses no more than
 // a sum of k terms in fp32 may: 2^-24 of each term for each of k additions.
-bool even_row(const bf16* x, int64_t k) {
+bool even_rows(const bf16* x, int64_t m, int64_t k) {
+    if (m > 1 && !even_rows(x + k, m - 1, k)) return false;
     Vec total = splat(0.0f), most = splat(0.0f);
     for (int64_t i = 0; i < k; i += kLanes) {
         const Vec value = i + kLanes <= k ? load(x + i) : load_first(x + i, static_cast<int>(k - i));
@@ -64,7 +65,7 @@ int multiply(const T* x, const Packed& w, Quantization how, const float* bias, T
     const bool grouped = GroupedRowProduct<3>::serves(w, segments, how.bytes, m);
     if (!rows && !grouped) return multiply_tiles(x, w, segments, how, bias, y, m, representable);
     if constexpr (std::is_same_v<T, bf16>) {
-        if (grouped && even_row(x, w.k)) how.bytes = 2;
+        if (grouped && even_rows(x, m, w.k)) how.bytes = 2;
     }
     Activations activations(w, segments, how, 16);
     if (!activations) return QNK_NO_MEMORY;

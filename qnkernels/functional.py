@@ -49,7 +49,7 @@ def _seed(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def _parameter(value: float | torch.Tensor, device: torch.device) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
-        return value.float()
+        return value if value.dtype is torch.float32 else value.float()
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
@@ -57,7 +57,7 @@ def minmax(
     x: torch.Tensor, axis: int | None = None, group_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Smallest and largest value of x, fp32: 0-d, [channels] along `axis`, or [.., groups] of a row."""
-    return torch.ops.qnkernels.minmax(x, axis, group_size)
+    return ops.range.minmax(x, axis, group_size)
 
 
 def histogram_range(
@@ -67,7 +67,7 @@ def histogram_range(
 
     Shapes as for `minmax`.
     """
-    return torch.ops.qnkernels.histogram_range(x, _bits(bits, x.device), axis, group_size)
+    return ops.range.histogram_range(x, _bits(bits, x.device), axis, group_size)
 
 
 def quantization_parameters(
@@ -79,7 +79,7 @@ def quantization_parameters(
     a level: s = (high - low) / (2^bits - 1), z = round(-low / s). symmetric: z = 2^(bits - 1), and -high
     and high fit. A range of width 0 gives s = 1.
     """
-    return torch.ops.qnkernels.quantization_parameters(low, high, _bits(bits, low.device), symmetric)
+    return ops.range.quantization_parameters(low, high, _bits(bits, low.device), symmetric)
 
 
 def update_range_(
@@ -101,7 +101,7 @@ def update_range_(
     the range, "ema_minmax" moves it by `momentum`.
     """
     bits = _bits(bits, x.device)
-    torch.ops.qnkernels.update_range_(x, low, high, step, bits, observer, every, momentum, axis, group_size)
+    ops.range.update_range_(x, low, high, step, bits, observer, every, momentum, axis, group_size)
 
 
 def fake_quantize(
@@ -124,7 +124,7 @@ def fake_quantize(
     Source: Quant-Noise, arXiv 2004.07320, sections 3.1 and 4.2.
     Raises ValueError (shapes, p, bits, device) and TypeError (dtypes).
     """
-    return torch.ops.qnkernels.fake_quantize(
+    return ops.fake_quantize.fake_quantize(
         x,
         _parameter(scale, x.device),
         _parameter(zero_point, x.device),
@@ -182,7 +182,7 @@ def block_noise(
     Raises ValueError (shapes, p, block_size, kind, device) and TypeError (dtypes).
     """
     seed = _seed(seed, weight.device)
-    return torch.ops.qnkernels.block_noise(weight, block_size, p, seed, kind, rescale, dtype, codebook)
+    return ops.block_noise.block_noise(weight, block_size, p, seed, kind, rescale, dtype, codebook)
 
 
 def int_linear(
@@ -201,9 +201,8 @@ def int_linear(
     z = 2^(bits - 1); bits 4 or 8. Returns [..., out] in the dtype of x, accumulated in fp32.
     Gradients flow to x and bias. Raises ValueError (shapes, bits, device) and TypeError (dtypes).
     """
-    scale, zero_point = _per_row(scale), None if zero_point is None else _per_row(zero_point)
-    _check_groups(weight, scale, bits, group_size)
-    return torch.ops.qnkernels.int_linear(x, weight, scale, zero_point, bias, bits)
+    scale, zero_point = _by_group(weight, scale, zero_point, bits, group_size)
+    return ops.int_linear.int_linear(x, weight, scale, zero_point, bias, bits)
 
 
 def int_linear_quantized(
@@ -226,13 +225,13 @@ def int_linear_quantized(
     y = sum * scale * x_scale + bias in fp32. A row with NaN, or (dynamic) infinity, gives NaN. Gradients
     flow to x, straight through the rounding but not from outside a given range, and to bias.
     """
-    scale, zero_point = _per_row(scale), None if zero_point is None else _per_row(zero_point)
-    _check_groups(weight, scale, bits, group_size)
-    x_scale, x_zero_point = (
-        None if value is None else _parameter(value, x.device) for value in (x_scale, x_zero_point)
-    )
+    scale, zero_point = _by_group(weight, scale, zero_point, bits, group_size)
+    if x_scale is not None:
+        x_scale = _parameter(x_scale, x.device)
+    if x_zero_point is not None:
+        x_zero_point = _parameter(x_zero_point, x.device)
     arguments = (x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point)
-    return torch.ops.qnkernels.int_linear_quantized(*arguments)
+    return ops.int_linear.int_linear_quantized(*arguments)
 
 
 def int_embedding(
@@ -245,9 +244,8 @@ def int_embedding(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Rows of a packed integer table: indices [...] int64 -> [..., in] in `dtype`, else as int_linear."""
-    scale, zero_point = _per_row(scale), None if zero_point is None else _per_row(zero_point)
-    _check_groups(weight, scale, bits, group_size)
-    return torch.ops.qnkernels.int_embedding(indices, weight, scale, zero_point, bits, dtype)
+    scale, zero_point = _by_group(weight, scale, zero_point, bits, group_size)
+    return ops.int_linear.int_embedding(indices, weight, scale, zero_point, bits, dtype)
 
 
 def kmeans_assign(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,7 +255,7 @@ def kmeans_assign(points: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.
     arithmetic: where two centroids are equally near within its rounding, backends may differ.
     Raises ValueError (shapes, device) and TypeError (dtypes).
     """
-    return torch.ops.qnkernels.kmeans_assign(points, centroids)
+    return ops.kmeans.kmeans_assign(points, centroids)
 
 
 def kmeans_update(
@@ -274,12 +272,12 @@ def kmeans_update(
     weights they are counts. Raises ValueError, TypeError, and IndexError for codes outside [0, K) on the CPU.
     """
     arguments = (points, codes, n_clusters, exponent, weight_exponent, weights)
-    return torch.ops.qnkernels.kmeans_update(*arguments)
+    return ops.kmeans.kmeans_update(*arguments)
 
 
 def pq_decode(codes: torch.Tensor, codebook: torch.Tensor, codebook_grad: str = "mean") -> torch.Tensor:
     """Weight [rows, n_blocks * d] whose block b of row o is codebook[codes[o, b]]; arguments as pq_linear."""
-    return torch.ops.qnkernels.pq_decode(codes, codebook, codebook_grad)
+    return ops.pq.pq_decode(codes, codebook, codebook_grad)
 
 
 def pq_linear(
@@ -297,30 +295,37 @@ def pq_linear(
     over the codeword's blocks (arXiv 1907.05686), or with codebook_grad="sum" the sum, the true derivative.
     Raises ValueError (shapes, device) and TypeError (dtypes).
     """
-    return torch.ops.qnkernels.pq_linear(x, codes, codebook, bias, codebook_grad)
+    return ops.pq.pq_linear(x, codes, codebook, bias, codebook_grad)
 
 
 def pq_embedding(
     indices: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor, codebook_grad: str = "mean"
 ) -> torch.Tensor:
     """Rows of a product-quantized table: indices [...] int64 -> [..., n_blocks * d], as the codebook."""
-    return torch.ops.qnkernels.pq_embedding(indices, codes, codebook, codebook_grad)
+    return ops.pq.pq_embedding(indices, codes, codebook, codebook_grad)
 
 
 def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x rounded to the values of a narrower `dtype`, in its own dtype; the gradient is straight-through."""
-    return torch.ops.qnkernels.round_to(x, dtype)
+    return ops.rounding.round_to(x, dtype)
 
 
-def _per_row(value: torch.Tensor) -> torch.Tensor:
-    return value[:, None] if value.dim() == 1 else value
-
-
-def _check_groups(weight: torch.Tensor, scale: torch.Tensor, bits: int, group_size: int | None) -> None:
-    if group_size is None or weight.dim() != 2 or scale.dim() != 2:
-        return
-    in_features = weight.shape[1] * 8 // bits
-    if group_size < 1 or scale.shape[1] * group_size != in_features:
-        raise ValueError(
-            f"group_size: expected {in_features} inputs / {scale.shape[1]} groups of scale, got {group_size}"
-        )
+def _by_group(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bits: int,
+    group_size: int | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """scale and zero_point as [out, groups]."""
+    if scale.dim() == 1:
+        scale = scale[:, None]
+    if zero_point is not None and zero_point.dim() == 1:
+        zero_point = zero_point[:, None]
+    if group_size is not None and weight.dim() == 2 and scale.dim() == 2:
+        in_features, groups = weight.shape[1] * 8 // bits, scale.shape[1]
+        if group_size < 1 or groups * group_size != in_features:
+            raise ValueError(
+                f"group_size: expected {in_features} inputs / {groups} groups of scale, got {group_size}"
+            )
+    return scale, zero_point

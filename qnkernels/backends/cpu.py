@@ -30,6 +30,13 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _fp32(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """tensor in fp32, contiguous; casts and copies that change nothing are not free."""
+    if tensor is None:
+        return None
+    return (tensor if tensor.dtype is torch.float32 else tensor.float()).contiguous()
+
+
 class CpuKernels:
     """One method per op, with the signature of the reference; tensors are contiguous and checked."""
 
@@ -125,23 +132,25 @@ class CpuKernels:
     def int_linear(self, x, weight, scale, zero_point, bias, bits):
         (m, k), (n, groups) = x.shape, scale.shape
         y = x.new_empty(m, n)
-        bias = None if bias is None else bias.float().contiguous()
+        bias = _fp32(bias)
         status = self._c["int_linear"](
             *(x.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), scale.data_ptr(), _pointer(zero_point)),
             *(_pointer(bias), y.data_ptr(), m, n, k, groups, bits),
         )
-        raise_for_status(status)
+        if status:
+            raise_for_status(status)
         return y
 
     def int_linear_quantized(self, x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
         (m, k), (n, groups) = x.shape, scale.shape
         y = x.new_empty(m, n)
-        bias = None if bias is None else bias.float().contiguous()
+        bias = _fp32(bias)
         status = self._c["int_linear_quantized"](
             *(x.data_ptr(), DTYPES[x.dtype], _pointer(x_scale), _pointer(x_zero_point), weight.data_ptr()),
             *(scale.data_ptr(), _pointer(zero_point), _pointer(bias), y.data_ptr(), m, n, k, groups, bits),
         )
-        raise_for_status(status)
+        if status:
+            raise_for_status(status)
         return y
 
     def int_linear_backward(self, grad, weight, scale, zero_point, bits):

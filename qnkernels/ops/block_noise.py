@@ -50,7 +50,7 @@ def block_noise(weight, block_size, p, seed, kind="zero", rescale=True, dtype=No
     _check(weight, block_size, p, seed, kind, codebook)
     if dtype is not None and dtype not in checks.FLOATS:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    kernel = select("block_noise", weight.device.type)
+    kernel = select("block_noise", checks.device_type(weight))
     arguments = (weight.contiguous(), block_size, p, seed, kind, rescale, dtype or weight.dtype)
     return kernel(*arguments) if codebook is None else kernel(*arguments, codebook=codebook.contiguous())
 
@@ -63,4 +63,4 @@ def _backward(ctx, grad):
     return (grad.to(ctx.weight_dtype), *[None] * 7)
 
 
-autograd("block_noise", _backward, _setup_context)
+autograd(block_noise, _backward, _setup_context)

@@ -62,6 +62,24 @@ def check_parameter(
         fail(argument, f"shape {expected} for x of shape {tuple(x.shape)}", tuple(value.shape))
 
 
+def device_type(tensor: torch.Tensor) -> str:
+    """tensor.device.type, whose string torch makes anew in each call."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., n] as contiguous rows [-1, n]."""
+    return x.contiguous() if x.dim() == 2 else x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def like_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A kernel's new y [rows of x, n] in the shape of x but for the last dimension.
+
+    Not by a view: of one that an op returns, autograd allows no in-place use (an activation's, for one).
+    """
+    return y if x.dim() == 2 else y.resize_(*x.shape[:-1], y.shape[-1])
+
+
 def check_not_empty(argument: str, x: torch.Tensor) -> None:
     if x.numel() == 0:
         fail(argument, "at least one element", f"shape {tuple(x.shape)}")

@@ -30,7 +30,7 @@ def fake_quantize(x, scale, zero_point, bits, p, seed, axis=None, group_size=Non
     _check(x, scale, zero_point, bits, p, seed, axis, group_size)
     if dtype is not None and dtype not in checks.FLOATS:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    kernel = select("fake_quantize", x.device.type)
+    kernel = select("fake_quantize", checks.device_type(x))
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
     return kernel(x.contiguous(), scale, zero_point, bits, p, seed, axis, group_size, dtype or x.dtype)
 
@@ -55,7 +55,7 @@ def _fake_backward(grad, x, scale, zero_point, bits, p, seed, axis=None, group_s
 )
 def fake_quantize_backward(grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None):
     _check_backward(grad, x, scale, zero_point, bits, p, seed, axis, group_size)
-    kernel = select("fake_quantize_backward", x.device.type)
+    kernel = select("fake_quantize_backward", checks.device_type(x))
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
     return kernel(grad.contiguous(), x.contiguous(), scale, zero_point, bits, p, seed, axis, group_size)
 
@@ -74,7 +74,7 @@ def _check_in_place(grad, x, scale, zero_point, bits, p, seed, axis=None, group_
 )
 def fake_quantize_backward_(grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None):
     _check_in_place(grad, x, scale, zero_point, bits, p, seed, axis, group_size)
-    kernel = select("fake_quantize_backward", x.device.type)
+    kernel = select("fake_quantize_backward", checks.device_type(x))
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
     kernel(grad, x.contiguous(), scale, zero_point, bits, p, seed, axis, group_size, out=grad)
 
@@ -88,13 +88,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     x, scale, zero_point, bits, seed = ctx.saved_tensors
     p, axis, group_size = ctx.arguments
-    grad_x = torch.ops.qnkernels.fake_quantize_backward(
-        grad, x, scale, zero_point, bits, p, seed, axis, group_size
-    )
+    grad_x = fake_quantize_backward(grad, x, scale, zero_point, bits, p, seed, axis, group_size)
     return (grad_x, *[None] * 8)
 
 
-autograd("fake_quantize", _backward, _setup_context)
+autograd(fake_quantize, _backward, _setup_context)
 
 
 def _setup_double(ctx, inputs, output):
@@ -108,10 +106,8 @@ def _double_backward(ctx, grad_grad):
     """The gradient is linear in grad, with a 0/1 diagonal: its own transpose."""
     x, scale, zero_point, bits, seed = ctx.saved_tensors
     p, axis, group_size = ctx.arguments
-    passed = torch.ops.qnkernels.fake_quantize_backward(
-        grad_grad, x, scale, zero_point, bits, p, seed, axis, group_size
-    )
+    passed = fake_quantize_backward(grad_grad, x, scale, zero_point, bits, p, seed, axis, group_size)
     return (passed.to(ctx.grad_dtype), *[None] * 8)
 
 
-autograd("fake_quantize_backward", _double_backward, _setup_double)
+autograd(fake_quantize_backward, _double_backward, _setup_double)

@@ -7,44 +7,53 @@ from . import checks
 from .library import autograd, op
 
 BITS = (4, 8)
+UINT8, FLOAT32 = torch.uint8, torch.float32
 
 
 def _check_weight(weight, scale, zero_point, bits) -> int:
-    """Check a packed weight and its parameters; returns the number of inputs."""
+    """Check a packed weight and its parameters; returns the number of inputs.
+
+    Like `_check` it is part of every call: attributes are read once, and helpers called for errors only.
+    """
     if bits not in BITS:
         checks.fail("bits", f"one of {BITS}", bits)
-    checks.check_dtype("weight", weight, torch.uint8)
-    if weight.dim() != 2:
-        checks.fail("weight", "two dimensions [out, in * bits / 8]", f"shape {tuple(weight.shape)}")
-    in_features = weight.shape[1] * 8 // bits
-    checks.check_dtype("scale", scale, torch.float32)
-    checks.check_same_device("scale", scale, weight.device)
-    if scale.dim() != 2 or scale.shape[0] != weight.shape[0] or in_features % max(scale.shape[1], 1):
-        checks.fail(
-            "scale", f"[{weight.shape[0]}, groups], groups a divisor of {in_features}", tuple(scale.shape)
-        )
+    if weight.dtype is not UINT8:
+        checks.check_dtype("weight", weight, UINT8)
+    packed = weight.shape
+    if len(packed) != 2:
+        checks.fail("weight", "two dimensions [out, in * bits / 8]", f"shape {tuple(packed)}")
+    in_features, groups, device = packed[1] * 8 // bits, scale.shape, weight.device
+    if scale.dtype is not FLOAT32:
+        checks.check_dtype("scale", scale, FLOAT32)
+    if scale.device != device:
+        checks.check_same_device("scale", scale, device)
+    if len(groups) != 2 or groups[0] != packed[0] or (groups[1] > 1 and in_features % groups[1]):
+        checks.fail("scale", f"[{packed[0]}, groups], groups a divisor of {in_features}", tuple(groups))
     if zero_point is not None:
-        checks.check_dtype("zero_point", zero_point, torch.uint8)
-        checks.check_same_device("zero_point", zero_point, weight.device)
-        if zero_point.shape != scale.shape:
-            checks.fail("zero_point", f"the shape of scale, {tuple(scale.shape)}", tuple(zero_point.shape))
+        if zero_point.dtype is not UINT8:
+            checks.check_dtype("zero_point", zero_point, UINT8)
+        if zero_point.device != device:
+            checks.check_same_device("zero_point", zero_point, device)
+        if zero_point.shape != groups:
+            checks.fail("zero_point", f"the shape of scale, {tuple(groups)}", tuple(zero_point.shape))
     return in_features
 
 
-def _contiguous(weight, scale, zero_point):
-    return weight.contiguous(), scale.contiguous(), None if zero_point is None else zero_point.contiguous()
-
-
-def _check(x, weight, scale, zero_point, bias, bits):
+def _check(x, weight, scale, zero_point, bias, bits) -> None:
     in_features = _check_weight(weight, scale, zero_point, bits)
-    checks.check_float("x", x)
-    checks.check_same_device("x", x, weight.device)
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        checks.fail("x", f"[..., {in_features}]", f"shape {tuple(x.shape)}")
+    if x.dtype not in checks.FLOATS:
+        checks.check_float("x", x)
+    shape, device = x.shape, x.device
+    if device != weight.device:
+        checks.check_same_device("x", x, weight.device)
+    if not shape or shape[-1] != in_features:
+        checks.fail("x", f"[..., {in_features}]", f"shape {tuple(shape)}")
     if bias is not None:
-        checks.check_float("bias", bias)
-        checks.check_same_device("bias", bias, weight.device)
-        if tuple(bias.shape) != (weight.shape[0],):
+        if bias.dtype not in checks.FLOATS:
+            checks.check_float("bias", bias)
+        if bias.device != device:
+            checks.check_same_device("bias", bias, device)
+        if bias.shape != weight.shape[:1]:
             checks.fail("bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
 
 
@@ -59,9 +68,10 @@ def _fake(x, weight, scale, zero_point, bias, bits):
 )
 def int_linear(x, weight, scale, zero_point, bias, bits):
     _check(x, weight, scale, zero_point, bias, bits)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = select("int_linear", x.device.type)(rows, *_contiguous(weight, scale, zero_point), bias, bits)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    kernel = select("int_linear", checks.device_type(x))
+    y = kernel(checks.rows(x), weight.contiguous(), scale.contiguous(), zero_point, bias, bits)
+    return checks.like_rows(y, x)
 
 
 def _check_backward(grad, weight, scale, zero_point, bits) -> int:
@@ -82,11 +92,11 @@ def _fake_backward(grad, weight, scale, zero_point, bits):
     _fake_backward,
 )
 def int_linear_backward(grad, weight, scale, zero_point, bits):
-    in_features = _check_backward(grad, weight, scale, zero_point, bits)
-    rows = grad.reshape(-1, grad.shape[-1]).contiguous()
-    kernel = select("int_linear_backward", grad.device.type)
-    grad_x = kernel(rows, *_contiguous(weight, scale, zero_point), bits)
-    return grad_x.reshape(*grad.shape[:-1], in_features)
+    _check_backward(grad, weight, scale, zero_point, bits)
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    kernel = select("int_linear_backward", checks.device_type(grad))
+    grad_x = kernel(checks.rows(grad), weight.contiguous(), scale.contiguous(), zero_point, bits)
+    return checks.like_rows(grad_x, grad)
 
 
 def _setup_context(ctx, inputs, output):
@@ -99,7 +109,7 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, grad, weight, scale, zero_point):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.qnkernels.int_linear_backward(grad, weight, scale, zero_point, ctx.bits)
+        grad_x = int_linear_backward(grad, weight, scale, zero_point, ctx.bits)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
         rows = grad.reshape(-1, grad.shape[-1])
         grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
@@ -110,7 +120,7 @@ def _backward(ctx, grad):
     return _gradients(ctx, grad, *ctx.saved_tensors)
 
 
-autograd("int_linear", _backward, _setup_context)
+autograd(int_linear, _backward, _setup_context)
 
 
 def _check_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
@@ -134,10 +144,11 @@ def _fake_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_po
 )
 def int_linear_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
     _check_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    kernel = select("int_linear_quantized", x.device.type)
-    y = kernel(rows, *_contiguous(weight, scale, zero_point), bias, bits, x_scale, x_zero_point)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    kernel = select("int_linear_quantized", checks.device_type(x))
+    packed = (weight.contiguous(), scale.contiguous(), zero_point)
+    y = kernel(checks.rows(x), *packed, bias, bits, x_scale, x_zero_point)
+    return checks.like_rows(y, x)
 
 
 def _setup_quantized(ctx, inputs, output):
@@ -157,7 +168,7 @@ def _backward_quantized(ctx, grad):
     return (*grads, None, None)
 
 
-autograd("int_linear_quantized", _backward_quantized, _setup_quantized)
+autograd(int_linear_quantized, _backward_quantized, _setup_quantized)
 
 
 def _check_embedding(indices, weight, scale, zero_point, bits, dtype) -> int:
@@ -184,5 +195,6 @@ def int_embedding(indices, weight, scale, zero_point, bits, dtype):
     device, they are clamped to the table.
     """
     _check_embedding(indices, weight, scale, zero_point, bits, dtype)
-    kernel = select("int_embedding", indices.device.type)
-    return kernel(indices.contiguous(), *_contiguous(weight, scale, zero_point), bits, dtype)
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    kernel = select("int_embedding", checks.device_type(indices))
+    return kernel(indices.contiguous(), weight.contiguous(), scale.contiguous(), zero_point, bits, dtype)

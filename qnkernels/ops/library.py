@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from .direct import direct
+
 LIBRARY = torch.library.Library("qnkernels", "DEF")
 
 
@@ -11,7 +13,8 @@ def op(schema: str, fake: Callable) -> Callable:
     """Register the decorated function as torch.ops.qnkernels.<name> for every device.
 
     `fake` has the same signature and returns empty tensors of the right shape and dtype; it and the
-    implementation call the same argument checks.
+    implementation call the same argument checks. Returns what callers call: the op, past torch's dispatcher
+    where nobody would notice (see `direct`).
     """
     name = schema.split("(", 1)[0]
 
@@ -19,11 +22,13 @@ def op(schema: str, fake: Callable) -> Callable:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qnkernels::{name}", fake, lib=LIBRARY)
-        return function
+        return direct(getattr(torch.ops.qnkernels, name), function)
 
     return register
 
 
-def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Give the op its gradient formula."""
-    torch.library.register_autograd(f"qnkernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+def autograd(call: Callable, backward: Callable, setup_context: Callable) -> None:
+    """Give the op, as `op` returned it, its gradient formula."""
+    name = call.dispatched._qualified_op_name
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+    call.differentiate(backward, setup_context)

@@ -7,12 +7,14 @@ gradient of the weight is a fresh matrix product, so the straight-through mask i
 import torch
 import torch.nn.functional as F
 
+from .fake_quantize import fake_quantize, fake_quantize_backward, fake_quantize_backward_
+
 
 class _NoisyLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, scale, zero_point, bits, p, seed, axis, group_size):
         quantizer = (scale, zero_point, bits, p, seed, axis, group_size)
-        noised = torch.ops.qnkernels.fake_quantize(weight, *quantizer)
+        noised = fake_quantize(weight, *quantizer, None)
         ctx.save_for_backward(x, weight, noised, scale, zero_point, bits, seed)
         ctx.arguments = (p, axis, group_size)
         ctx.has_bias = bias is not None
@@ -30,9 +32,9 @@ class _NoisyLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
             if torch.is_grad_enabled():  # a second derivative is wanted: nothing may be overwritten
-                grad_weight = torch.ops.qnkernels.fake_quantize_backward(grad_weight, weight, *quantizer)
+                grad_weight = fake_quantize_backward(grad_weight, weight, *quantizer)
             else:
-                torch.ops.qnkernels.fake_quantize_backward_(grad_weight, weight, *quantizer)
+                fake_quantize_backward_(grad_weight, weight, *quantizer)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, *[None] * 7

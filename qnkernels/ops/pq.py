@@ -21,8 +21,10 @@ def _check_float(argument, x) -> None:
 
 
 def _kernel(name, *tensors):
-    wanted = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return kernels("reference")[name] if wanted else select(name, tensors[0].device.type)
+    for tensor in tensors:
+        if tensor.dtype is torch.float64:
+            return kernels("reference")[name]
+    return select(name, checks.device_type(tensors[0]))
 
 
 def _check_codes(codes, codebook=None) -> None:
@@ -92,10 +94,10 @@ def _decode_context(ctx, inputs, output):
 
 def _decode_gradient(ctx, grad):
     (codes,) = ctx.saved_tensors
-    return None, torch.ops.qnkernels.pq_decode_backward(grad, codes, ctx.n_centroids, ctx.mean), None
+    return None, pq_decode_backward(grad, codes, ctx.n_centroids, ctx.mean), None
 
 
-autograd("pq_decode", _decode_gradient, _decode_context)
+autograd(pq_decode, _decode_gradient, _decode_context)
 
 
 def _check_linear(x, codes, codebook, bias) -> None:
@@ -126,9 +128,8 @@ def _fake_linear(x, codes, codebook, bias=None, codebook_grad="mean"):
 def pq_linear(x, codes, codebook, bias=None, codebook_grad="mean"):
     _check_linear(x, codes, codebook, bias)
     _check_gradient(codebook_grad)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = _kernel("pq_linear", x, codebook)(rows, codes, codebook.contiguous(), bias)
-    return y.reshape(*x.shape[:-1], codes.shape[0])
+    y = _kernel("pq_linear", x, codebook)(checks.rows(x), codes, codebook.contiguous(), bias)
+    return checks.like_rows(y, x)
 
 
 def _check_linear_backward(grad, x, codes, codebook) -> None:
@@ -155,10 +156,9 @@ def _fake_linear_backward(grad, x, codes, codebook, mean, needs_x, needs_codeboo
 def pq_linear_backward(grad, x, codes, codebook, mean, needs_x, needs_codebook):
     """Both gradients of pq_linear in one pass, as fp32 sums; what is not needed comes back empty."""
     _check_linear_backward(grad, x, codes, codebook)
-    rows, grads = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, grad))
     kernel = _kernel("pq_linear_backward", x, codebook)
     arguments = (codes, codebook.contiguous(), mean, needs_x, needs_codebook)
-    grad_x, grad_codebook = kernel(grads, rows, *arguments)
+    grad_x, grad_codebook = kernel(checks.rows(grad), checks.rows(x), *arguments)
     return grad_x.reshape(x.shape) if needs_x else grad_x, grad_codebook
 
 
@@ -175,7 +175,7 @@ def _linear_gradient(ctx, grad):
     grad_x = grad_codebook = grad_bias = None
     if needs_x or needs_codebook:
         arguments = (grad, x, codes, codebook, ctx.mean, needs_x, needs_codebook)
-        grad_x, grad_codebook = torch.ops.qnkernels.pq_linear_backward(*arguments)
+        grad_x, grad_codebook = pq_linear_backward(*arguments)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=wide).to(ctx.bias_dtype)
@@ -183,7 +183,7 @@ def _linear_gradient(ctx, grad):
     return grad_x if needs_x else None, None, grad_codebook, grad_bias, None
 
 
-autograd("pq_linear", _linear_gradient, _linear_context)
+autograd(pq_linear, _linear_gradient, _linear_context)
 
 
 def _check_embedding(indices, codes, codebook) -> None:
@@ -210,7 +210,7 @@ def pq_embedding(indices, codes, codebook, codebook_grad="mean"):
     _check_gradient(codebook_grad)
     kernel = _kernel("pq_embedding", codebook)
     y = kernel(indices.reshape(-1).contiguous(), codes, codebook.contiguous())
-    return y.reshape(*indices.shape, -1) if indices.numel() else _fake_embedding(indices, codes, codebook)
+    return y.resize_(*indices.shape, codes.shape[1] * codebook.shape[1])
 
 
 def _check_embedding_backward(grad, indices, codes, n_centroids) -> int:
@@ -253,7 +253,7 @@ def _embedding_context(ctx, inputs, output):
 def _embedding_gradient(ctx, grad):
     indices, codes = ctx.saved_tensors
     arguments = (grad, indices, codes, ctx.n_centroids, ctx.mean)
-    return None, None, torch.ops.qnkernels.pq_embedding_backward(*arguments).to(ctx.dtype), None
+    return None, None, pq_embedding_backward(*arguments).to(ctx.dtype), None
 
 
-autograd("pq_embedding", _embedding_gradient, _embedding_context)
+autograd(pq_embedding, _embedding_gradient, _embedding_context)

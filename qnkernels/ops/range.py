@@ -24,7 +24,7 @@ def _fake_range(x, axis=None, group_size=None):
 @op("minmax(Tensor x, int? axis=None, int? group_size=None) -> (Tensor, Tensor)", _fake_range)
 def minmax(x, axis=None, group_size=None):
     _check(x, axis, group_size)
-    return select("minmax", x.device.type)(x.contiguous(), axis, group_size)
+    return select("minmax", checks.device_type(x))(x.contiguous(), axis, group_size)
 
 
 def _fake_histogram_range(x, bits, axis=None, group_size=None):
@@ -39,7 +39,7 @@ def _fake_histogram_range(x, bits, axis=None, group_size=None):
 def histogram_range(x, bits, axis=None, group_size=None):
     _check(x, axis, group_size)
     checks.check_counter("bits", bits, x.device)
-    return select("histogram_range", x.device.type)(x.contiguous(), bits, axis, group_size)
+    return select("histogram_range", checks.device_type(x))(x.contiguous(), bits, axis, group_size)
 
 
 def _fake_quantization_parameters(low, high, bits, symmetric=False):
@@ -58,7 +58,7 @@ def _fake_quantization_parameters(low, high, bits, symmetric=False):
 )
 def quantization_parameters(low, high, bits, symmetric=False):
     _fake_quantization_parameters(low, high, bits, symmetric)
-    kernel = select("quantization_parameters", low.device.type)
+    kernel = select("quantization_parameters", checks.device_type(low))
     return kernel(low.contiguous(), high.contiguous(), bits, symmetric)
 
 
@@ -83,5 +83,5 @@ def _check_update(x, low, high, step, bits, observer, every, momentum, axis=None
 )
 def update_range_(x, low, high, step, bits, observer, every, momentum, axis=None, group_size=None):
     _check_update(x, low, high, step, bits, observer, every, momentum, axis, group_size)
-    kernel = select("update_range_", x.device.type)
+    kernel = select("update_range_", checks.device_type(x))
     kernel(x.contiguous(), low, high, step, bits, observer, every, momentum, axis, group_size)

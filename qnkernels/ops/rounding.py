@@ -27,4 +27,4 @@ def round_to(x, dtype):
     return x.to(dtype, copy=True).to(x.dtype)
 
 
-autograd("round_to", lambda ctx, grad: (grad, None), lambda ctx, inputs, output: None)
+autograd(round_to, lambda ctx, grad: (grad, None), lambda ctx, inputs, output: None)

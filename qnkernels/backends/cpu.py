@@ -14,14 +14,20 @@ from . import BackendUnavailable
 from .native import CPU_ARGTYPES, DTYPES, NOISE_KINDS, declare, layout, open_library, raise_for_status
 
 ISAS = ("portable", "avx2", "avx512", "amx")
+# rows of a gradient from which on products with decoded columns, in this dtype, are faster than the kernel
+PRODUCT_ROWS = {torch.float32: 32, torch.bfloat16: 16}
+DECODED_VALUES = 2**21  # of a weight, in memory at a time
 
 
 def load() -> dict[str, Callable]:
     wanted = os.environ.get("QNKERNELS_ISA", "amx")
     if wanted not in ISAS:
         raise BackendUnavailable(f"QNKERNELS_ISA: expected one of {', '.join(ISAS)}, got {wanted!r}")
-    kernels = CpuKernels(declare(open_library("cpu"), "cpu", CPU_ARGTYPES))
-    names = [name for name in CPU_ARGTYPES if name != "block_noise_centroid"]  # a part of block_noise
+    library = open_library("cpu")
+    library.qnk_cpu_isa.restype = ctypes.c_char_p
+    kernels = CpuKernels(declare(library, "cpu", CPU_ARGTYPES), library.qnk_cpu_isa().decode())
+    parts = ("block_noise_centroid", "int_decode")  # of block_noise and of int_linear_backward
+    names = [name for name in CPU_ARGTYPES if name not in parts]
     names += ["pq_decode", "pq_decode_backward", "pq_embedding_backward", "update_range_"]
     return {name: getattr(kernels, name) for name in names}
 
@@ -30,18 +36,19 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _fp32(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """tensor in fp32, contiguous; casts and copies that change nothing are not free."""
-    if tensor is None:
-        return None
+def _fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """tensor in fp32, contiguous; a cast that changes nothing is not free."""
     return (tensor if tensor.dtype is torch.float32 else tensor.float()).contiguous()
 
 
 class CpuKernels:
     """One method per op, with the signature of the reference; tensors are contiguous and checked."""
 
-    def __init__(self, functions: dict) -> None:
+    def __init__(self, functions: dict, isa: str) -> None:
         self._c = functions
+        self._isa = isa
+        self._int_linear = functions["int_linear"]
+        self._int_linear_quantized = functions["int_linear_quantized"]
         self.pq_decode_backward = reference_pq.pq_decode_backward
         self.pq_embedding_backward = reference_pq.pq_embedding_backward
         self.update_range_ = functools.partial(
@@ -132,10 +139,22 @@ class CpuKernels:
     def int_linear(self, x, weight, scale, zero_point, bias, bits):
         (m, k), (n, groups) = x.shape, scale.shape
         y = x.new_empty(m, n)
-        bias = _fp32(bias)
-        status = self._c["int_linear"](
-            *(x.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), scale.data_ptr(), _pointer(zero_point)),
-            *(_pointer(bias), y.data_ptr(), m, n, k, groups, bits),
+        if bias is not None:
+            bias = _fp32(bias)
+        # a call of a small layer is mostly this: arguments one by one, pointers without a helper
+        status = self._int_linear(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            weight.data_ptr(),
+            scale.data_ptr(),
+            None if zero_point is None else zero_point.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            m,
+            n,
+            k,
+            groups,
+            bits,
         )
         if status:
             raise_for_status(status)
@@ -144,25 +163,65 @@ class CpuKernels:
     def int_linear_quantized(self, x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
         (m, k), (n, groups) = x.shape, scale.shape
         y = x.new_empty(m, n)
-        bias = _fp32(bias)
-        status = self._c["int_linear_quantized"](
-            *(x.data_ptr(), DTYPES[x.dtype], _pointer(x_scale), _pointer(x_zero_point), weight.data_ptr()),
-            *(scale.data_ptr(), _pointer(zero_point), _pointer(bias), y.data_ptr(), m, n, k, groups, bits),
+        if bias is not None:
+            bias = _fp32(bias)
+        status = self._int_linear_quantized(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            None if x_scale is None else x_scale.data_ptr(),
+            None if x_zero_point is None else x_zero_point.data_ptr(),
+            weight.data_ptr(),
+            scale.data_ptr(),
+            None if zero_point is None else zero_point.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            m,
+            n,
+            k,
+            groups,
+            bits,
         )
         if status:
             raise_for_status(status)
         return y
 
     def int_linear_backward(self, grad, weight, scale, zero_point, bits):
-        (m, n), groups = grad.shape, scale.shape[1]
-        k = weight.shape[1] * 8 // bits
+        """Few rows in one kernel; for more, torch's products with the weight decoded a few columns at a time.
+
+        The decoded values are fp32, or bf16 for a gradient in bf16 where the processor has tiles of it: each
+        is then rounded once, as the weight of a dense layer in bf16 is.
+        """
+        (m, n), k = grad.shape, weight.shape[1] * 8 // bits
+        dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 and self._isa == "amx" else torch.float32
+        if m >= PRODUCT_ROWS[dtype] and n and k:
+            rows, product = grad.to(dtype), grad.new_empty(m, k, dtype=dtype)
+            with torch.no_grad():  # products into a given tensor have no gradient of their own
+                for columns, decoded in self._columns(weight, scale, zero_point, bits, dtype):
+                    torch.mm(rows, decoded, out=product[:, columns])
+            return product.to(grad.dtype)
         grad_x = grad.new_empty(m, k)
         status = self._c["int_linear_backward"](
             *(grad.data_ptr(), DTYPES[grad.dtype], weight.data_ptr(), scale.data_ptr(), _pointer(zero_point)),
-            *(grad_x.data_ptr(), m, n, k, groups, bits),
+            *(grad_x.data_ptr(), m, n, k, scale.shape[1], bits),
         )
         raise_for_status(status)
         return grad_x
+
+    def _columns(self, weight, scale, zero_point, bits, dtype):
+        """The decoded weight [n, k] in slices of columns, each with its values [n, columns]."""
+        n, k = weight.shape[0], weight.shape[1] * 8 // bits
+        slices = -(-k // max(64, DECODED_VALUES // n))
+        width = -(-k // (64 * slices)) * 64
+        values = torch.empty(n * min(width, k), dtype=dtype)  # one for all: its pages come from the system
+        for first in range(0, k, width):
+            last = min(first + width, k)
+            decoded = values[: n * (last - first)].view(n, last - first)
+            status = self._c["int_decode"](
+                *(weight.data_ptr(), scale.data_ptr(), _pointer(zero_point)),
+                *(decoded.data_ptr(), DTYPES[dtype], n, k, scale.shape[1], bits, first, last),
+            )
+            raise_for_status(status)
+            yield slice(first, last), decoded
 
     def int_embedding(self, indices, weight, scale, zero_point, bits, dtype):
         rows, k = weight.shape[0], weight.shape[1] * 8 // bits
@@ -208,7 +267,7 @@ class CpuKernels:
     def pq_linear(self, x, codes, codebook, bias):
         (m, _), (n, blocks), (k, d) = x.shape, codes.shape, codebook.shape
         by_block, codebook = codes.t().contiguous(), codebook.float()
-        bias = None if bias is None else bias.float().contiguous()
+        bias = None if bias is None else _fp32(bias)
         y = x.new_empty(m, n)
         status = self._c["pq_linear"](
             *(x.data_ptr(), DTYPES[x.dtype], by_block.data_ptr(), codes.element_size(), codebook.data_ptr()),

@@ -22,7 +22,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def to_autocast(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that autocast runs matrix products in; x itself outside autocast."""
-    device_type = x.device.type
+    device_type = "cpu" if x.is_cpu else x.device.type  # a string that torch makes anew in each call
     if torch.is_autocast_enabled(device_type):
         return x.to(torch.get_autocast_dtype(device_type))
     return x

@@ -50,10 +50,11 @@ class PackedProduct(PackedLayer):
         buffers, parameters = self._buffers, self._parameters
         # a replica of nn.DataParallel, and a parametrized layer, hold the bias elsewhere
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        arguments = (x, buffers["weight_packed"], buffers["scale"], buffers["zero_point"], bias, self.bits)
+        weight, scale, zero_point = buffers["weight_packed"], buffers["scale"], buffers["zero_point"]
         if self.activations == "float":
-            return functional.int_linear(*arguments)
-        return functional.int_linear_quantized(*arguments, None, buffers["x_scale"], buffers["x_zero_point"])
+            return functional.int_linear(x, weight, scale, zero_point, bias, self.bits)
+        arguments = (x, weight, scale, zero_point, bias, self.bits, None)
+        return functional.int_linear_quantized(*arguments, buffers["x_scale"], buffers["x_zero_point"])
 
     def _product_repr(self) -> str:
         activations = "" if self.activations == "float" else f", activations={self.activations}"

@@ -53,7 +53,7 @@ def _check(x, weight, scale, zero_point, bias, bits) -> None:
             checks.check_float("bias", bias)
         if bias.device != device:
             checks.check_same_device("bias", bias, device)
-        if bias.shape != weight.shape[:1]:
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
             checks.fail("bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
 
 
@@ -68,10 +68,12 @@ def _fake(x, weight, scale, zero_point, bias, bits):
 )
 def int_linear(x, weight, scale, zero_point, bias, bits):
     _check(x, weight, scale, zero_point, bias, bits)
-    zero_point = None if zero_point is None else zero_point.contiguous()
-    kernel = select("int_linear", checks.device_type(x))
-    y = kernel(checks.rows(x), weight.contiguous(), scale.contiguous(), zero_point, bias, bits)
-    return checks.like_rows(y, x)
+    rows = x.contiguous() if x.dim() == 2 else checks.rows(x)
+    if zero_point is not None:
+        zero_point = zero_point.contiguous()
+    kernel = select("int_linear", "cpu" if x.is_cpu else x.device.type)
+    y = kernel(rows, weight.contiguous(), scale.contiguous(), zero_point, bias, bits)
+    return y if x.dim() == 2 else checks.like_rows(y, x)
 
 
 def _check_backward(grad, weight, scale, zero_point, bits) -> int:
@@ -144,11 +146,13 @@ def _fake_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_po
 )
 def int_linear_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
     _check_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point)
-    zero_point = None if zero_point is None else zero_point.contiguous()
-    kernel = select("int_linear_quantized", checks.device_type(x))
-    packed = (weight.contiguous(), scale.contiguous(), zero_point)
-    y = kernel(checks.rows(x), *packed, bias, bits, x_scale, x_zero_point)
-    return checks.like_rows(y, x)
+    rows = x.contiguous() if x.dim() == 2 else checks.rows(x)
+    if zero_point is not None:
+        zero_point = zero_point.contiguous()
+    kernel = select("int_linear_quantized", "cpu" if x.is_cpu else x.device.type)
+    weight, scale = weight.contiguous(), scale.contiguous()
+    y = kernel(rows, weight, scale, zero_point, bias, bits, x_scale, x_zero_point)
+    return y if x.dim() == 2 else checks.like_rows(y, x)
 
 
 def _setup_quantized(ctx, inputs, output):

@@ -103,6 +103,11 @@ QNK_API int qnk_cpu_int_embedding(const int64_t* indices, int64_t count, const u
                                   const float* scale, const uint8_t* zero_point, void* out, int out_dtype,
                                   int64_t rows, int64_t k, int64_t groups, int bits);
 
+// out [n, last - first] <- columns first to last of the decoded weight [n, k * bits / 8].
+QNK_API int qnk_cpu_int_decode(const uint8_t* weight, const float* scale, const uint8_t* zero_point, void* out,
+                               int out_dtype, int64_t n, int64_t k, int64_t groups, int bits, int64_t first,
+                               int64_t last);
+
 // codes, distances [n] <- index of the nearest of centroids [k, d], the lowest among equals, and the squared distance to
 // it, of points [n, d]. d up to 64.
 QNK_API int qnk_cpu_kmeans_assign(const float* points, int64_t n, int64_t d, const float* centroids, int64_t k,

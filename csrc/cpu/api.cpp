@@ -125,6 +125,11 @@ int qnk_cpu_int_embedding(const int64_t* indices, int64_t count, const uint8_t* 
                                  bits);
 }
 
+int qnk_cpu_int_decode(const uint8_t* weight, const float* scale, const uint8_t* zero_point, void* out, int out_dtype,
+                       int64_t n, int64_t k, int64_t groups, int bits, int64_t first, int64_t last) {
+    return table().int_decode(weight, scale, zero_point, out, out_dtype, n, k, groups, bits, first, last);
+}
+
 int qnk_cpu_kmeans_assign(const float* points, int64_t n, int64_t d, const float* centroids, int64_t k,
                           int32_t* codes, float* distances) {
     return table().kmeans_assign(points, n, d, centroids, k, codes, distances);

@@ -2,26 +2,19 @@
 #pragma once
 
 #include "common/affine.h"
-#include "cpu/int_weight.h"
+#include "cpu/int_decode.h"
 #include "cpu/parallel.h"
 #include "qnkernels.h"
 
 namespace qnk {
 inline namespace QNK_ISA {
 
-// out [end - begin] <- (q - z) * s of elements begin to end of a row; q - z is exact.
-inline void decode(const Packed& w, int64_t r, int64_t begin, int64_t end, float* out) {
-    const uint8_t* codes = w.row(r);
-    const int64_t group_size = w.group_size();
-    for (int64_t i = begin; i < end;) {
-        const int64_t g = i / group_size;
-        const int64_t stop = (g + 1) * group_size < end ? (g + 1) * group_size : end;
-        const float z = static_cast<float>(w.zero_point(r, g)), s = w.scale[r * w.groups + g];
-        if (w.bits == 8)
-            for (; i + kLanes <= stop; i += kLanes) store(out + i - begin, (load(codes + i) - splat(z)) * splat(s));
-        for (; i < stop; ++i)
-            out[i - begin] = (static_cast<float>(unpack_code(codes, i, w.bits)) - z) * s;
-    }
+// to [n] <- from [n] in fp32
+template <typename T>
+void widen(const T* from, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+    for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {
@@ -41,11 +34,12 @@ template <typename T>
 int multiply_decoded(const T* x, const Packed& w, const float* bias, T* y, int64_t m) {
     const Buffer<float> rows(m * w.k), decoded(max_threads() * w.k);
     if (!rows || !decoded) return QNK_NO_MEMORY;
-    for (int64_t i = 0; i < m * w.k; ++i) rows.get()[i] = to_float(x[i]);
+    widen(x, m * w.k, rows.get());
+    const Columns all(w, 0, w.k);
     parallel_for(w.n, 16, [&](int64_t begin, int64_t end, int thread) {
         float* row = decoded.get() + thread * w.k;
         for (int64_t r = begin; r < end; ++r) {
-            decode(w, r, 0, w.k, row);
+            decode(w, r, all, row);
             for (int64_t t = 0; t < m; ++t)
                 y[t * w.n + r] = from_float<T>(dot(rows.get() + t * w.k, row, w.k) + (bias ? bias[r] : 0.0f));
         }

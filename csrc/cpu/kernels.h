@@ -15,6 +15,7 @@
     X(int_linear_quantized)                                                                            \
     X(int_linear_backward)                                                                             \
     X(int_embedding)                                                                                   \
+    X(int_decode)                                                                                      \
     X(kmeans_assign)                                                                                   \
     X(kmeans_update)                                                                                   \
     X(kmeans_step)                                                                                     \

@@ -13,6 +13,7 @@ LEVELS = ["portable", "avx2", "avx512"]
 SUITES = {
     ("kmeans", "pq"): "common or golden or threads or lowest or spoil or overflow",
     ("int_linear", "int_linear_quantized"): "not reference and not check and not gradient and not bad_input",
+    ("int_embedding",): "rows or scales",
 }
 
 

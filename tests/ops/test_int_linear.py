@@ -1,11 +1,11 @@
-"""int_linear and int_embedding over packed weights, against float64 and exact decoding."""
+"""int_linear over packed weights and its backward, against float64."""
 
 import contextlib
 
 import pytest
 import torch
 from helpers_int_linear import UNIT, Packed, assert_within, output_rounding, random_packed
-from numeric import DTYPES, assert_identical, integer, relative_error
+from numeric import DTYPES, assert_identical, relative_error
 from pairs import covering, name
 
 import qnkernels as qnk
@@ -229,23 +229,63 @@ def test_shapes_of_x():
     assert F.int_linear(torch.empty(0, 16), weight, scale).shape == (0, 6)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_embedding_decodes_rows_exactly(bits):
-    generator = torch.Generator().manual_seed(5)
-    weight, scale, zero_point = packed(31, 258, bits, 3, generator)
-    indices = torch.randint(0, 31, (4, 5), generator=generator)
+BACKWARD_SIZES = {
+    "m": (0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 100, 600),
+    "n": (1, 5, 8, 15, 16, 64, 131),
+    "k": (2, 30, 64, 66, 200, 258, 1000),
+    "group": (None, None, 2, 3, 5, 25, 32, 33, 129),
+    "bits": (8, 4),
+    "zero_point": (True, False),
+    "dtype": DTYPES,
+}
+
+
+def check_backward(grad, packed: Packed) -> None:
+    """Each element: |grad_x - exact| <= n + 1 roundings of the sum of absolute terms, then one to the dtype.
+
+    In bf16 the weight may be rounded to bf16, too, as that of a dense layer is: 2^-8 of each term.
+    """
+    grad_x = torch.ops.qnkernels.int_linear_backward(grad, *packed.arguments, packed.bits)
+    weight, n = packed.decoded(), grad.shape[1]
+    exact, terms = grad.double() @ weight, grad.double().abs() @ weight.abs()
+    rounding = (n + 1) * UNIT + (2.0**-8 if grad.dtype == torch.bfloat16 else 0.0)
+    assert grad_x.dtype == grad.dtype
+    bound = rounding * terms
+    assert_within(grad_x, exact, bound + output_rounding(exact.abs() + bound, grad.dtype))
+
+
+@pytest.mark.parametrize("case", list(covering(BACKWARD_SIZES, possible)), ids=name)
+def test_backward_is_within_the_bound(case):
+    m, n, k, group, bits, zero_point, dtype = case.values()
+    generator = seeded(hash((m, n, k)) % 2**31)
+    weight = random_packed(n, k, bits, k // (group or k), generator, zero_point, unit=2**-8)
+    check_backward(torch.randn(m, n, generator=generator).to(dtype), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bits", "n", "groups"), [(8, 2100, 1), (4, 2100, 10), (8, 5, 1), (4, 31, 10)])
+def test_backward_of_unit_rows_is_the_decoded_weight(dtype, bits, n, groups):
+    """Every element of the weight, of one that is decoded in several pieces, too."""
+    weight = random_packed(n, 1030, bits, groups, seeded(36), unit=2**-8)
+    expected = dequantize_weight(*weight.arguments, bits).to(dtype)
+    first = torch.randperm(n, generator=seeded(37))[:40]
+    for rows in (first[:3], first):
+        grad = torch.zeros(len(rows), n, dtype=dtype)
+        grad[range(len(rows)), rows] = 1
+        grad_x = torch.ops.qnkernels.int_linear_backward(grad, *weight.arguments, bits)
+        assert_identical(grad_x, expected[rows])
+
+
+def test_backward_keeps_rows_that_are_not_finite_apart():
+    weight = random_packed(33, 128, 8, 2, seeded(38))
     for dtype in DTYPES:
-        for z in (zero_point, None):
-            expected = dequantize_weight(weight, scale, z, bits)[indices].to(dtype)
-            assert_identical(F.int_embedding(indices, weight, scale, z, bits, dtype=dtype), expected)
-    assert F.int_embedding(indices[:0], weight, scale, zero_point, bits).shape == (0, 5, 258)
-
-
-@pytest.mark.parametrize("index", [-1, 31])
-def test_embedding_index_outside(index):
-    weight, scale, zero_point = packed(31, 8, 8, 1, torch.Generator().manual_seed(0))
-    with pytest.raises(IndexError, match="indices"):
-        F.int_embedding(torch.tensor([0, index]), weight, scale, zero_point)
+        for m in (3, 50):
+            grad = torch.randn(m, 33, generator=seeded(m)).to(dtype)
+            clean = torch.ops.qnkernels.int_linear_backward(grad, *weight.arguments, 8)
+            grad[1, 4], grad[2, 5] = float("nan"), float("inf")
+            grad_x = torch.ops.qnkernels.int_linear_backward(grad, *weight.arguments, 8)
+            assert_identical(grad_x[3:], clean[3:])
+            assert grad_x[1].isnan().all() and not grad_x[2].isfinite().any()
 
 
 def test_opcheck():
@@ -255,8 +295,6 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.qnkernels.int_linear_backward.default, (torch.randn(3, 6), weight, scale, zero_point, 4)
     )
-    arguments = (torch.tensor([[1, 0]]), weight, scale, None, 4, torch.bfloat16)
-    torch.library.opcheck(torch.ops.qnkernels.int_embedding.default, arguments)
 
 
 def test_gradcheck_in_x():
@@ -288,8 +326,6 @@ X = torch.randn(3, 16)
         (lambda: F.int_linear(X, WEIGHT, SCALE, ZERO[:, :1]), ValueError, ("zero_point", "(6, 2)", "(6, 1)")),
         (lambda: F.int_linear(X, WEIGHT, SCALE, ZERO, torch.ones(5)), ValueError, ("bias", "(6,)", "(5,)")),
         (lambda: F.int_linear(X, WEIGHT, SCALE, ZERO, group_size=4), ValueError, ("group_size", "4")),
-        (lambda: F.int_embedding(X, WEIGHT, SCALE), TypeError, ("indices", "int64", "float32")),
-        (lambda: F.int_embedding(integer(0), WEIGHT, SCALE, dtype=torch.int8), TypeError, ("dtype", "int8")),
     ],
 )
 def test_bad_input(call, error, words):

@@ -1,7 +1,7 @@
-// Rows of a packed integer table, and the gradient of a packed linear layer in its input: decoded as they are used.
+// Rows and columns of a packed integer weight as values, and the gradient of its linear layer in few rows of input.
 //
-// int_embedding: bits / 8 bytes read and one value written per element. int_linear_backward for few rows: the codes
-// are read once.
+// int_embedding and int_decode: bits / 8 bytes read and one value written per element. int_linear_backward: the codes
+// are read once, decoded once, and multiplied m times.
 #include <type_traits>
 
 #include "cpu/by_dtype.h"
@@ -16,37 +16,86 @@ QNK_CPU_KERNELS(QNK_DECLARE_KERNEL)
 
 namespace {
 
-// out [n] += factor * a [n]
-void add_scaled(float* out, const float* a, float factor, int64_t n) {
-    const Vec times = splat(factor);
+// Rows that are asked for ahead: whole ones, and slices, each on a page of its own.
+constexpr int64_t kRowsAhead = 4, kSlicesAhead = 16;
+
+// total [n] += sum over rows of factor * row [n]; rows are kColumns apart.
+template <int Rows>
+void add_scaled(float* total, const float* row, int64_t apart, const float* factor, int64_t n) {
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(out + i, fma(load(a + i), times, load(out + i)));
-    for (; i < n; ++i) out[i] += a[i] * factor;
+    for (; i + kLanes <= n; i += kLanes) {
+        Vec value = load(total + i);
+        for (int r = 0; r < Rows; ++r) value = fma(load(row + r * apart + i), splat(factor[r]), value);
+        store(total + i, value);
+    }
+    for (; i < n; ++i)
+        for (int r = 0; r < Rows; ++r) total[i] += row[r * apart + i] * factor[r];
 }
 
-template <typename T>
-int multiply_transposed(const T* grad, const Packed& w, T* grad_x, int64_t m, int64_t n) {
-    constexpr int64_t kColumns = 256;
-    const Buffer<float> totals(max_threads() * m * kColumns);
-    if (!totals) return QNK_NO_MEMORY;
-    parallel_for(w.k, kColumns, [&](int64_t first, int64_t last, int thread) {
-        float* total = totals.get() + thread * m * kColumns;
-        float decoded[kColumns];
-        for (int64_t begin = first; begin < last; begin += kColumns) {
-            const int64_t count = last - begin < kColumns ? last - begin : kColumns;
-            for (int64_t i = 0; i < m * count; ++i) total[i] = 0.0f;
-            for (int64_t r = 0; r < n; ++r) {
-                decode(w, r, begin, begin + count, decoded);
-                for (int64_t t = 0; t < m; ++t)
-                    add_scaled(total + t * count, decoded, to_float(grad[t * n + r]), count);
+// grad_x [m, k] = grad [m, n] times the decoded weight, some rows of it at a time.
+class TransposedProduct {
+  public:
+    TransposedProduct(const Packed& w, int64_t m)
+        : w_(w), m_(m), strip_(strip(m, w.k)), grad_(m * w.n), totals_(max_threads() * m * strip_) {}
+
+    template <typename T>
+    int multiply(const T* grad, T* grad_x) {
+        if (!grad_ || !totals_) return QNK_NO_MEMORY;
+        widen(grad, m_ * w_.n, grad_.get());
+        parallel_for(w_.k, kColumns, [&](int64_t begin, int64_t end, int thread) {
+            float* total = totals_.get() + thread * m_ * strip_;
+            for (int64_t column = begin; column < end; column += strip_) {
+                const int64_t last = column + strip_ < end ? column + strip_ : end, columns = last - column;
+                add_rows(column, last, total);
+                for (int64_t t = 0; t < m_; ++t)
+                    for (int64_t i = 0; i < columns; ++i)
+                        grad_x[t * w_.k + column + i] = from_float<T>(total[t * columns + i]);
             }
-            for (int64_t t = 0; t < m; ++t)
-                for (int64_t i = 0; i < count; ++i)
-                    grad_x[t * w.k + begin + i] = from_float<T>(total[t * count + i]);
+        });
+        return QNK_OK;
+    }
+
+  private:
+    static constexpr int kRows = 8;
+    static constexpr int64_t kColumns = 256;  // decoded values of kRows rows: 8 KiB
+
+    // Columns whose sums for m rows take 128 KiB, or kColumns.
+    static int64_t strip(int64_t m, int64_t k) {
+        const int64_t fit = 32768 / (m * kColumns + 1) * kColumns, all = (k + kColumns - 1) / kColumns * kColumns;
+        return fit < kColumns ? kColumns : fit < all ? fit : all;
+    }
+
+    // total [m, last - first] <- the product's columns
+    void add_rows(int64_t first, int64_t last, float* total) const {
+        const int64_t columns = last - first;
+        float decoded[kRows * kColumns];
+        for (int64_t i = 0; i < m_ * columns; ++i) total[i] = 0.0f;
+        for (int64_t r = 0; r < w_.n; r += kRows) {
+            const int rows = w_.n - r < kRows ? static_cast<int>(w_.n - r) : kRows;
+            for (int64_t c = first; c < last; c += kColumns) {
+                const int64_t stop = c + kColumns < last ? c + kColumns : last;
+                const Columns chunk(w_, c, stop);
+                for (int j = 0; j < rows; ++j) {
+                    if (r + kRows + j < w_.n) prefetch(w_, r + kRows + j, chunk);
+                    decode(w_, r + j, chunk, decoded + j * kColumns);
+                }
+                for (int64_t t = 0; t < m_; ++t) {
+                    const float* factor = grad_.get() + t * w_.n + r;
+                    float* to = total + t * columns + c - first;
+                    if (rows == kRows)
+                        add_scaled<kRows>(to, decoded, kColumns, factor, stop - c);
+                    else
+                        for (int j = 0; j < rows; ++j)
+                            add_scaled<1>(to, decoded + j * kColumns, kColumns, factor + j, stop - c);
+                }
+            }
         }
-    });
-    return QNK_OK;
-}
+    }
+
+    const Packed& w_;
+    int64_t m_, strip_;
+    Buffer<float> grad_, totals_;
+};
 
 }  // namespace
 
@@ -57,7 +106,7 @@ int int_linear_backward(const void* grad, int dtype, const uint8_t* weight, cons
     if (!w.valid()) return QNK_BAD_BITS;
     return by_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return multiply_transposed(static_cast<const T*>(grad), w, static_cast<T*>(grad_x), m, n);
+        return TransposedProduct(w, m).multiply(static_cast<const T*>(grad), static_cast<T*>(grad_x));
     });
 }
 
@@ -71,15 +120,30 @@ int int_embedding(const int64_t* indices, int64_t count, const uint8_t* weight, 
     return by_dtype(out_dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         T* to = static_cast<T*>(out);
-        constexpr int64_t kColumns = 256;
+        const Columns all(w, 0, k);
         parallel_for(count, 16, [&](int64_t begin, int64_t end) {
-            float decoded[kColumns];
-            for (int64_t i = begin; i < end; ++i)
-                for (int64_t column = 0; column < k; column += kColumns) {
-                    const int64_t last = column + kColumns < k ? column + kColumns : k;
-                    decode(w, indices[i], column, last, decoded);
-                    for (int64_t c = column; c < last; ++c) to[i * k + c] = from_float<T>(decoded[c - column]);
-                }
+            for (int64_t i = begin; i < end; ++i) {
+                if (i + kRowsAhead < end) prefetch(w, indices[i + kRowsAhead], all);
+                decode(w, indices[i], all, to + i * k);
+            }
+        });
+        return static_cast<int>(QNK_OK);
+    });
+}
+
+int int_decode(const uint8_t* weight, const float* scale, const uint8_t* zero_point, void* out, int out_dtype, int64_t n,
+               int64_t k, int64_t groups, int bits, int64_t first, int64_t last) {
+    const Packed w{weight, scale, zero_point, n, k, groups, bits};
+    if (!w.valid()) return QNK_BAD_BITS;
+    return by_dtype(out_dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        T* to = static_cast<T*>(out);
+        const Columns columns(w, first, last);
+        parallel_for(n, 16, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) {
+                if (r + kSlicesAhead < end) prefetch(w, r + kSlicesAhead, columns);
+                decode(w, r, columns, to + r * (last - first));
+            }
         });
         return static_cast<int>(QNK_OK);
     });

@@ -36,10 +36,8 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _fp32(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """tensor in fp32, contiguous; casts and copies that change nothing are not free."""
-    if tensor is None:
-        return None
+def _fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """tensor in fp32, contiguous; a cast that changes nothing is not free."""
     return (tensor if tensor.dtype is torch.float32 else tensor.float()).contiguous()
 
 
@@ -49,6 +47,8 @@ class CpuKernels:
     def __init__(self, functions: dict, isa: str) -> None:
         self._c = functions
         self._isa = isa
+        self._int_linear = functions["int_linear"]
+        self._int_linear_quantized = functions["int_linear_quantized"]
         self.pq_decode_backward = reference_pq.pq_decode_backward
         self.pq_embedding_backward = reference_pq.pq_embedding_backward
         self.update_range_ = functools.partial(
@@ -139,10 +139,22 @@ class CpuKernels:
     def int_linear(self, x, weight, scale, zero_point, bias, bits):
         (m, k), (n, groups) = x.shape, scale.shape
         y = x.new_empty(m, n)
-        bias = _fp32(bias)
-        status = self._c["int_linear"](
-            *(x.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), scale.data_ptr(), _pointer(zero_point)),
-            *(_pointer(bias), y.data_ptr(), m, n, k, groups, bits),
+        if bias is not None:
+            bias = _fp32(bias)
+        # a call of a small layer is mostly this: arguments one by one, pointers without a helper
+        status = self._int_linear(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            weight.data_ptr(),
+            scale.data_ptr(),
+            None if zero_point is None else zero_point.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            m,
+            n,
+            k,
+            groups,
+            bits,
         )
         if status:
             raise_for_status(status)
@@ -151,10 +163,23 @@ class CpuKernels:
     def int_linear_quantized(self, x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
         (m, k), (n, groups) = x.shape, scale.shape
         y = x.new_empty(m, n)
-        bias = _fp32(bias)
-        status = self._c["int_linear_quantized"](
-            *(x.data_ptr(), DTYPES[x.dtype], _pointer(x_scale), _pointer(x_zero_point), weight.data_ptr()),
-            *(scale.data_ptr(), _pointer(zero_point), _pointer(bias), y.data_ptr(), m, n, k, groups, bits),
+        if bias is not None:
+            bias = _fp32(bias)
+        status = self._int_linear_quantized(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            None if x_scale is None else x_scale.data_ptr(),
+            None if x_zero_point is None else x_zero_point.data_ptr(),
+            weight.data_ptr(),
+            scale.data_ptr(),
+            None if zero_point is None else zero_point.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            m,
+            n,
+            k,
+            groups,
+            bits,
         )
         if status:
             raise_for_status(status)
@@ -242,7 +267,7 @@ class CpuKernels:
     def pq_linear(self, x, codes, codebook, bias):
         (m, _), (n, blocks), (k, d) = x.shape, codes.shape, codebook.shape
         by_block, codebook = codes.t().contiguous(), codebook.float()
-        bias = None if bias is None else bias.float().contiguous()
+        bias = None if bias is None else _fp32(bias)
         y = x.new_empty(m, n)
         status = self._c["pq_linear"](
             *(x.data_ptr(), DTYPES[x.dtype], by_block.data_ptr(), codes.element_size(), codebook.data_ptr()),

@@ -181,6 +181,7 @@ class IntTileProduct {
         direct_ = direct(w_, segments_, how_.bytes, m);
         const int64_t tiles = (block * parts + (direct_ ? ones() : 0) + 15) / 16;
         apart_ = tiles * 16 + 16;
+        chunk_ = segments_.count() == 1 && width_ <= kWholeRow * 64 ? kWholeRow : kSteps;
         Form form(w_, segments_, how_, block);
         const int threads = max_threads();
         const bool own = threads <= kOwnThreads;
@@ -223,12 +224,13 @@ class IntTileProduct {
 
   private:
     static constexpr int64_t kSteps = 8;         // of a chunk
+    static constexpr int64_t kWholeRow = 24;     // steps of a row that is one chunk: its sums need not be stored in between
     static constexpr int64_t kMostRows = 256;    // of activations in a block
     static constexpr int64_t kCache = 1 << 20;   // bytes of them
     static constexpr int64_t kDirectRows = 48;   // three tiles
     // Up to so many threads pack tiles each for itself: half of what another one packed lies in the other's cache.
     static constexpr int kOwnThreads = 4;
-    static constexpr int64_t kChunkBytes = kSteps * 2 * kTileBytes;
+    static constexpr int64_t kChunkBytes = kWholeRow * 2 * kTileBytes;
     static constexpr int64_t kMostSegments = 4;  // of a chunk
 
     // A row of ones gives the sums of the weight's codes, where activations have zero points.
@@ -238,7 +240,7 @@ class IntTileProduct {
     // multiplied in a row lies in a row. A run is a chunk; where the weight is not unpacked, it is the row. The last pair
     // of tiles may be one tile.
     int64_t place(const Form& form, const Segment& s, int64_t step, int64_t pair, int64_t tiles) const {
-        const int64_t all = form.steps(s), run = direct_ ? all : kSteps, begin = step / run * run;
+        const int64_t all = form.steps(s), run = direct_ ? all : chunk_, begin = step / run * run;
         const int64_t steps = all - begin < run ? all - begin : run, in_pair = tiles - 2 * pair < 2 ? 1 : 2;
         return ((form.first_step(s) + begin) * tiles + pair * 2 * steps + (step - begin) * in_pair) * kTileBytes;
     }
@@ -270,12 +272,12 @@ class IntTileProduct {
 
     void measure(const Form& form, Chunk& chunk) const {
         const int64_t all = form.steps(segments_[chunk.i]), rest = all - chunk.step;
-        chunk.steps = rest < kSteps ? rest : kSteps;
+        chunk.steps = rest < chunk_ ? rest : chunk_;
         chunk.segments = 1;
-        if (chunk.step || all * 2 > kSteps) return;
+        if (chunk.step || all * 2 > chunk_) return;
         for (int64_t next = chunk.i + 1; next < segments_.count(); ++next, ++chunk.segments) {
             const int64_t more = form.steps(segments_[next]);
-            if (chunk.steps + more > kSteps || chunk.segments == kMostSegments) break;
+            if (chunk.steps + more > chunk_ || chunk.segments == kMostSegments) break;
             chunk.steps += more;
         }
     }
@@ -400,7 +402,7 @@ class IntTileProduct {
     const Packed& w_;
     const Segments& segments_;
     Quantization how_;
-    int64_t width_, apart_ = 0;
+    int64_t width_, apart_ = 0, chunk_ = kSteps;
     bool direct_ = false;
 };
 

@@ -117,8 +117,8 @@ def exact_and_bound(x, packed: Packed, bias=None) -> tuple[torch.Tensor, torch.T
 def check(x, packed: Packed, bias=None) -> None:
     """Each element: |y - exact| <= 2^-22 max|x_row| sum|w_row| + 4 roundings of y, and that to its dtype.
 
-    2^-15 instead of 2^-22 for few rows of bf16 over 4-bit codes, where 2^-15 of the largest value is no more than
-    2^-24 of the sum of the row, which is what each addition of an fp32 sum may be off.
+    2^-15 instead of 2^-22 for few rows of bf16 over 4-bit codes, where 2^-15 of the largest value is no more
+    than 2^-24 of the sum of the row, which is what each addition of an fp32 sum may be off.
     2^-22 is 4 roundings of the largest product for each one. Unlike an error of the norm, this leaves no row
     and no output out.
     """

@@ -1,9 +1,10 @@
 // Linear layers over packed integer weights, y = x @ ((q - z) * s)^T + bias, with activations as they are
 // (int_linear) or in 8 bits, too (int_linear_quantized).
 //
-// Floor: n * k * bits / 8 bytes of weight, read once; n * k * m products of bytes, two or three times as many where x
-// is not quantized. With AVX-512 all sums are of integers: activations become bytes (int_activations.h), the weight
-// is multiplied where it lies for a few tokens (int_rows.h) and by tiles for more (int_tiles.h).
+// Floor: n * k * bits / 8 bytes of weight, read once; n * k * m products of bytes, three times as many where x is not
+// quantized. With AVX-512 activations become bytes, whose sums are exact integers (int_activations.h), or, from some
+// tokens on, stay bf16 where they are; the weight is multiplied where it lies for a few tokens (int_rows.h) and by tiles
+// for more (int_tiles.h).
 #include <type_traits>
 
 #include "cpu/by_dtype.h"
@@ -24,15 +25,17 @@ namespace {
 // Whether fixed point in two bytes, half a unit of which is at most 2^-15 of the largest magnitude, loses no more than
 // a sum of k terms in fp32 may: 2^-24 of each term for each of k additions.
 bool even_rows(const bf16* x, int64_t m, int64_t k) {
-    if (m > 1 && !even_rows(x + k, m - 1, k)) return false;
-    Vec total = splat(0.0f), most = splat(0.0f);
-    for (int64_t i = 0; i < k; i += kLanes) {
-        const Vec value = i + kLanes <= k ? load(x + i) : load_first(x + i, static_cast<int>(k - i));
-        const Vec magnitude = max(value, splat(0.0f) - value);
-        total = total + magnitude;
-        most = max(most, magnitude);
+    for (int64_t t = 0; t < m; ++t, x += k) {
+        Vec total = splat(0.0f), most = splat(0.0f);
+        for (int64_t i = 0; i < k; i += kLanes) {
+            const Vec value = i + kLanes <= k ? load(x + i) : load_first(x + i, static_cast<int>(k - i));
+            const Vec magnitude = max(value, splat(0.0f) - value);
+            total = total + magnitude;
+            most = max(most, magnitude);
+        }
+        if (!(max_of(most) * 512.0f <= sum(total))) return false;
     }
-    return max_of(most) * 512.0f <= sum(total);
+    return true;
 }
 
 template <typename Product, typename T>

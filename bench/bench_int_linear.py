@@ -12,10 +12,10 @@ possible); from batch 64 on the bf16 product, whose ceiling is F.linear in bf16.
 take half of its time.
 Measured, 2 cores with AMX, 4096x4096: int8 batch 1 0.39 to 0.41 ms; the codes alone can be read in 0.29 (58
 GB/s), which the kernel takes too where nothing ran in between. int4 batch 1 0.25 (bf16) and 0.30 ms (fp32),
-floor 0.15. Batch 256: dynamic 2.6 ms, the tile instructions alone 0.63; bf16 5.4 ms, instructions 1.3, F.linear
-5.2; fp32, three products of bytes, some 7 ms against 26 to 28. What is missing there: operands and sums come
+floor 0.15. Batch 256: dynamic 2.6 ms, the tile instructions alone 0.63; bf16 5.4 ms, instructions 1.3,
+F.linear 5.2; fp32, three products of bytes, 6.4 ms against 28. What is missing there: operands and sums come
 from the second-level cache (10 to 14 ns a product instead of 4.8), codes are unpacked, outputs are written.
-int4 in groups of 128 from batch 64 on: sums leave the tiles after each group, which costs as much as the rest.
+int4 in groups of 128 from batch 64 on: sums leave the tiles after each group, as much work as the rest.
 Left out: the reference above 3072x768, where it takes up to a second a call; torch's packed products in fp32
 above batch 4, since they are plain loops there (3072x768, batch 16, one core: _weight_int8pack_mm 20 ms,
 _weight_int4pack_mm_for_cpu 58 ms, F.linear 1.6 ms). quantize_dynamic takes fp32 only.

@@ -1,0 +1,162 @@
+// The innermost products of packed integer weights in tiles: by AMX, or by VNNI in the same layout.
+//
+// A tile instruction multiplies 16 rows of the weight by 16 rows of activations, 64 bytes of each: 16384 products of bytes
+// or 8192 of bf16. See int_tiles.h for what a loop of them reaches.
+#pragma once
+
+#include "cpu/int_forms.h"
+
+namespace qnk {
+inline namespace QNK_ISA {
+
+#if defined(__AVX512F__)
+
+#if defined(__AMX_INT8__)
+// A zeroed tile would be three times as slow in a product as one that was loaded.
+alignas(64) inline const int32_t kZeros[16] = {};
+
+// (tile numbers are part of the instruction)
+#define QNK_TILE_PRODUCT(c, a, b)                                                              \
+    do {                                                                                       \
+        if constexpr (Form::kBytes)                                                            \
+            _tile_dpbusd(c, a, b);                                                             \
+        else                                                                                   \
+            _tile_dpbf16ps(c, a, b);                                                           \
+    } while (0)
+
+// c [32 rows, `apart`] (+)= a [steps][2][16 rows][64] * b [steps][Tiles][16][16 tokens][4], bytes. feed.step() does in
+// between what there is to do for the next product.
+// A tile that is loaded anew waits for the product that reads it: each load has a product or two to hide behind.
+template <typename Form, int Tiles, typename Feed>
+inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
+                         Feed& feed) {
+    const int64_t stride = first ? 0 : apart * 4, second = first ? 0 : 16 * apart;
+    const int32_t* from = first ? kZeros : c;
+    _tile_loadd(0, a, 64);
+    _tile_loadd(2, b, 64);
+    _tile_loadd(4, from, stride);
+    _tile_loadd(1, a + kTileBytes, 64);
+    _tile_loadd(6, from + second, stride);
+    if (Tiles == 2) {
+        _tile_loadd(3, b + kTileBytes, 64);
+        _tile_loadd(5, first ? from : from + 16, stride);
+        _tile_loadd(7, first ? from : from + second + 16, stride);
+    }
+    for (int64_t step = 0;; ++step) {
+        feed.step();
+        QNK_TILE_PRODUCT(4, 0, 2);
+        QNK_TILE_PRODUCT(6, 1, 2);
+        if (step + 1 == steps) break;
+        a += 2 * kTileBytes;
+        b += Tiles * kTileBytes;
+        _tile_loadd(2, b, 64);
+        if (Tiles == 2) QNK_TILE_PRODUCT(5, 0, 3);
+        _tile_loadd(0, a, 64);
+        if (Tiles == 2) QNK_TILE_PRODUCT(7, 1, 3);
+        _tile_loadd(1, a + kTileBytes, 64);
+        if (Tiles == 2) _tile_loadd(3, b + kTileBytes, 64);
+    }
+    if (Tiles == 2) {
+        QNK_TILE_PRODUCT(5, 0, 3);
+        QNK_TILE_PRODUCT(7, 1, 3);
+    }
+    _tile_stored(4, c, apart * 4);
+    _tile_stored(6, c + 16 * apart, apart * 4);
+    if (Tiles == 2) {
+        _tile_stored(5, c + 16, apart * 4);
+        _tile_stored(7, c + 16 * apart + 16, apart * 4);
+    }
+}
+#undef QNK_TILE_PRODUCT
+
+// The same with a [32 rows, row_bytes] in 8-bit codes as they lie; the third tile of b is at b_third.
+template <int Tiles>
+inline void direct_product(const uint8_t* a, int64_t row_bytes, const uint8_t* b, const uint8_t* b_third, int32_t* c,
+                           int64_t apart, int64_t steps) {
+    const uint8_t* second = a + 16 * row_bytes;
+    constexpr int64_t kPair = Tiles == 1 ? kTileBytes : 2 * kTileBytes;
+    _tile_loadd(2, kZeros, 0);
+    _tile_loadd(3, kZeros, 0);
+    if (Tiles > 1) {
+        _tile_loadd(4, kZeros, 0);
+        _tile_loadd(5, kZeros, 0);
+    }
+    if (Tiles > 2) {
+        _tile_loadd(6, kZeros, 0);
+        _tile_loadd(7, kZeros, 0);
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+        const uint8_t* tokens = b + step * kPair;
+        _tile_loadd(0, a + step * 64, row_bytes);
+        _tile_loadd(1, tokens, 64);
+        _tile_dpbusd(2, 0, 1);
+        if (Tiles > 1) {
+            _tile_loadd(1, tokens + kTileBytes, 64);
+            _tile_dpbusd(4, 0, 1);
+        }
+        if (Tiles > 2) {
+            _tile_loadd(1, b_third + step * kTileBytes, 64);
+            _tile_dpbusd(6, 0, 1);
+        }
+        _tile_loadd(0, second + step * 64, row_bytes);
+        if (Tiles > 2) {
+            _tile_dpbusd(7, 0, 1);
+            _tile_loadd(1, tokens + kTileBytes, 64);
+        }
+        if (Tiles > 1) {
+            _tile_dpbusd(5, 0, 1);
+            _tile_loadd(1, tokens, 64);
+        }
+        _tile_dpbusd(3, 0, 1);
+    }
+    _tile_stored(2, c, apart * 4);
+    _tile_stored(3, c + 16 * apart, apart * 4);
+    if (Tiles > 1) {
+        _tile_stored(4, c + 16, apart * 4);
+        _tile_stored(5, c + 16 * apart + 16, apart * 4);
+    }
+    if (Tiles > 2) {
+        _tile_stored(6, c + 32, apart * 4);
+        _tile_stored(7, c + 16 * apart + 32, apart * 4);
+    }
+}
+constexpr bool kDirect = true;
+#else
+template <typename Form, int Tiles, typename Feed>
+inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
+                         Feed& feed) {
+    constexpr int kRows = 8;
+    for (int64_t step = 0; step < steps; ++step) feed.step();
+    for (int row = 0; row < 32; row += kRows) {
+        __m512i total[kRows][Tiles];
+        for (int r = 0; r < kRows; ++r)
+            for (int i = 0; i < Tiles; ++i)
+                total[r][i] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(c + (row + r) * apart + 16 * i);
+        for (int64_t step = 0; step < steps; ++step) {
+            const uint8_t* codes = a + (step * 2 + row / 16) * kTileBytes + row % 16 * 64;
+            const uint8_t* tokens = b + step * Tiles * kTileBytes;
+            for (int quad = 0; quad < 16; ++quad) {
+                __m512i x[Tiles];
+                for (int i = 0; i < Tiles; ++i) x[i] = _mm512_load_si512(tokens + i * kTileBytes + quad * 64);
+#pragma GCC unroll 8
+                for (int r = 0; r < kRows; ++r) {
+                    int32_t four;
+                    __builtin_memcpy(&four, codes + r * 64 + quad * 4, 4);
+                    for (int i = 0; i < Tiles; ++i)
+                        total[r][i] = _mm512_dpbusd_epi32(total[r][i], _mm512_set1_epi32(four), x[i]);
+                }
+            }
+        }
+        for (int r = 0; r < kRows; ++r)
+            for (int i = 0; i < Tiles; ++i) _mm512_storeu_si512(c + (row + r) * apart + 16 * i, total[r][i]);
+    }
+}
+template <int Tiles>
+inline void direct_product(const uint8_t*, int64_t, const uint8_t*, const uint8_t*, int32_t*, int64_t, int64_t) {}
+constexpr bool kDirect = false;
+#endif
+
+#endif
+
+}  // namespace QNK_ISA
+}  // namespace qnk

@@ -70,6 +70,17 @@ QNK_API int qnk_cpu_fake_quantize_backward(const void* grad, int grad_dtype, con
                                            const float* zero_point, int64_t channels, int64_t inner,
                                            const int64_t* bits, int32_t threshold, const int64_t* seed);
 
+// y [samples, inner] <- each sample of x at the levels of the quantizer over its own range, widened to hold 0:
+// the nearest one, or (stochastic) one of the two next to it, chosen by the draw of (seed, i).
+QNK_API int qnk_cpu_dynamic_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t samples,
+                                          int64_t inner, const int64_t* bits, int stochastic, const int64_t* seed);
+
+// low, high [channels] are moved by momentum towards the range of x [outer, channels, inner] (replaced where *step
+// is 0), *step counts on, and y <- x at the levels of the quantizer over them: scale, zero_point [channels].
+QNK_API int qnk_cpu_moving_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t outer,
+                                         int64_t channels, int64_t inner, const int64_t* bits, float momentum,
+                                         float* low, float* high, int64_t* step, float* scale, float* zero_point);
+
 // out [n_blocks, block_size] <- proxy noise on weight; kept blocks are multiplied by factor (QNK_ZERO).
 QNK_API int qnk_cpu_block_noise(const void* weight, int weight_dtype, void* out, int out_dtype,
                                 int64_t n_blocks, int64_t block_size, int kind, float factor,

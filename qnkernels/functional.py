@@ -6,6 +6,7 @@ from . import ops
 
 __all__ = [
     "block_noise",
+    "dynamic_fake_quantize",
     "fake_quantize",
     "histogram_range",
     "int_embedding",
@@ -13,12 +14,15 @@ __all__ = [
     "int_linear_quantized",
     "kmeans_assign",
     "kmeans_update",
+    "low_precision_linear",
     "minmax",
+    "moving_fake_quantize",
     "noisy_linear",
     "pq_decode",
     "pq_embedding",
     "pq_linear",
     "quantization_parameters",
+    "quantize_gradient",
     "round_to",
     "update_range_",
 ]
@@ -160,6 +164,74 @@ def noisy_linear(
     scale, zero_point = _parameter(scale, device), _parameter(zero_point, device)
     quantizer = (scale, zero_point, _bits(bits, device), p, _seed(seed, device), axis, group_size)
     return ops.noisy_linear.noisy_linear(x, weight, bias, *quantizer)
+
+
+def dynamic_fake_quantize(
+    x: torch.Tensor,
+    bits: int | torch.Tensor = 8,
+    per_sample: bool = False,
+    stochastic: bool = False,
+    seed: int | torch.Tensor = 0,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Fake quantization of x over its own range, or with `per_sample` of each x[i] over its own.
+
+    x: fp32, bf16 or fp16. The range runs from the smallest to the largest value, widened to hold 0, which is
+    a level; bits: 2 to 16. stochastic: values are rounded up or down at random, so that the mean is right;
+    the same seed gives the same result on every backend. Returns the shape of x, in `dtype` (that of x by
+    default). Gradient: straight-through (identity, since the range holds every value).
+    Raises ValueError (shapes, bits, device) and TypeError (dtypes).
+    """
+    seed = _seed(seed, x.device)
+    return ops.dynamic.dynamic_fake_quantize(x, _bits(bits, x.device), seed, per_sample, stochastic, dtype)
+
+
+def moving_fake_quantize(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    step: torch.Tensor,
+    bits: int | torch.Tensor = 8,
+    momentum: float = 0.1,
+    axis: int | None = None,
+    group_size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Fake quantization of x over a moving average of its range, which x itself moves first, in one op.
+
+    low, high (fp32) and step (0-d int64) are updated in place, as by `update_range_` with "ema_minmax".
+    Returns the shape of x, in `dtype` (that of x by default). Gradient: straight-through, stopped where x
+    lies outside the range. Raises ValueError (shapes, bits, momentum, device) and TypeError (dtypes).
+    """
+    bits = _bits(bits, x.device)
+    return ops.dynamic.moving_fake_quantize(x, low, high, step, bits, momentum, axis, group_size, dtype)
+
+
+def quantize_gradient(
+    x: torch.Tensor, bits: int | torch.Tensor = 8, seed: int | torch.Tensor = 0
+) -> torch.Tensor:
+    """A copy of x whose gradient is quantized: over the range of each sample, with stochastic rounding.
+
+    Raises ValueError (bits) and TypeError (dtypes).
+    """
+    return ops.dynamic.quantize_gradient(x, _bits(bits, x.device), _seed(seed, x.device))
+
+
+def low_precision_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    grad_bits: int | torch.Tensor = 8,
+    seed: int | torch.Tensor = 0,
+) -> torch.Tensor:
+    """F.linear(x, weight, bias), whose output's gradient is quantized as by `quantize_gradient`, first of all.
+
+    x [..., in], weight [out, in] and bias [out] of one dtype. Raises ValueError (bits) and TypeError (dtypes).
+    """
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
+    grad_bits = _bits(grad_bits, x.device)
+    return ops.dynamic.low_precision_linear(x, weight, bias, grad_bits, _seed(seed, x.device))
 
 
 def block_noise(

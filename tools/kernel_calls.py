@@ -35,6 +35,18 @@ def fake_quantize() -> Calls:
             yield "fake_quantize_backward", (grad, x, scale, scale, BITS, p, SEED, axis, None, grad)
 
 
+def dynamic() -> Calls:
+    """Samples of every register count, and larger ones, aligned and not; all pairs of dtypes; random or not."""
+    shapes = ((64, 1), (64, 100), (64, 1024), (64, 8000), (3, 9001), (3, 16384), (1 << 20,))
+    for shape, stochastic in product(shapes, (False, True)):
+        for dtype, other in ((F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)):
+            x = torch.empty(shape, dtype=dtype)
+            yield "dynamic_fake_quantize", (x, BITS, SEED, len(shape) > 1, stochastic, other)
+    yield "dynamic_fake_quantize", (torch.empty(8, 2**28 + 1, dtype=BF16), BITS, SEED, True, True)
+    low = torch.empty(())
+    yield "moving_fake_quantize_", (torch.empty(64, 64), low, low.clone(), STEP, BITS, 0.1)
+
+
 def block_noise() -> Calls:
     """Block sizes that are tiles of their own, that leave lanes idle, and that take several tiles."""
     for dtype, kind, d in product(FLOATS, ("zero", "mean"), (1, 8, 16, 64, 9, 1000)):
@@ -170,6 +182,7 @@ def _misaligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def all_calls() -> Calls:
     for family in (
         fake_quantize,
+        dynamic,
         block_noise,
         centroid_noise,
         ranges,

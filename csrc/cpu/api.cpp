@@ -85,6 +85,18 @@ int qnk_cpu_fake_quantize_backward(const void* grad, int grad_dtype, const void*
                                           inner, bits, threshold, seed);
 }
 
+int qnk_cpu_dynamic_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t samples, int64_t inner,
+                                  const int64_t* bits, int stochastic, const int64_t* seed) {
+    return table().dynamic_fake_quantize(x, x_dtype, y, y_dtype, samples, inner, bits, stochastic, seed);
+}
+
+int qnk_cpu_moving_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t outer, int64_t channels,
+                                 int64_t inner, const int64_t* bits, float momentum, float* low, float* high,
+                                 int64_t* step, float* scale, float* zero_point) {
+    return table().moving_fake_quantize(x, x_dtype, y, y_dtype, outer, channels, inner, bits, momentum, low, high, step,
+                                        scale, zero_point);
+}
+
 int qnk_cpu_block_noise(const void* weight, int weight_dtype, void* out, int out_dtype, int64_t n_blocks,
                         int64_t block_size, int kind, float factor, int32_t threshold, const int64_t* seed) {
     return table().block_noise(weight, weight_dtype, out, out_dtype, n_blocks, block_size, kind, factor,

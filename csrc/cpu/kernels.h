@@ -9,6 +9,8 @@
     X(quantization_parameters)                                                                         \
     X(fake_quantize)                                                                                   \
     X(fake_quantize_backward)                                                                          \
+    X(dynamic_fake_quantize)                                                                           \
+    X(moving_fake_quantize)                                                                            \
     X(block_noise)                                                                                     \
     X(block_noise_centroid)                                                                            \
     X(int_linear)                                                                                      \

@@ -1,4 +1,4 @@
-// The noise mask, 64 elements at a time: bit j of word(b) is element 64 * b + j.
+// The draws of the noise, 64 elements at a time, and its mask: bit j of word(b) is element 64 * b + j.
 #pragma once
 
 #include "common/philox.h"
@@ -30,6 +30,27 @@ class NoiseWords {
 
     // words [kWords] <- those of blocks first, first + 1, ...
     void draw(int64_t first, uint64_t* words) const {
+        generate(first, [&](int w, __m512i lower, __m512i upper) {
+            uint32_t even = _mm512_cmplt_epu16_mask(lower, limit_);
+            uint32_t odd = _mm512_cmplt_epu16_mask(upper, limit_);
+            // GCC 12 may spill a mask register as 32 bits and widen it by reading 64: use a general register
+            __asm__("" : "+r"(even), "+r"(odd));
+            words[w] = even | (static_cast<uint64_t>(odd) << 32);
+        });
+    }
+
+    // values [kWords * kWord] <- the draws of the elements of blocks first, first + 1, ...
+    void values(int64_t first, uint16_t* values) const {
+        generate(first, [&](int w, __m512i lower, __m512i upper) {
+            _mm512_storeu_si512(values + w * kWord, lower);
+            _mm512_storeu_si512(values + w * kWord + kWord / 2, upper);
+        });
+    }
+
+  private:
+    // take(w, lower, upper) for each word: the draws of its first and last 32 elements.
+    template <typename Take>
+    void generate(int64_t first, const Take& take) const {
         const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
         const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
         __m512i c0[kWords], c1[kWords], c2[kWords], c3[kWords];
@@ -57,15 +78,10 @@ class NoiseWords {
         for (int w = 0; w < kWords; ++w) {
             const __m512i low = _mm512_mask_shuffle_epi32(c0[w], kHighHalves, c1[w], _MM_PERM_CCAA);
             const __m512i high = _mm512_mask_shuffle_epi32(c2[w], kHighHalves, c3[w], _MM_PERM_CCAA);
-            uint32_t even = _mm512_cmplt_epu16_mask(_mm512_unpacklo_epi64(low, high), limit_);
-            uint32_t odd = _mm512_cmplt_epu16_mask(_mm512_unpackhi_epi64(low, high), limit_);
-            // GCC 12 may spill a mask register as 32 bits and widen it by reading 64: use a general register
-            __asm__("" : "+r"(even), "+r"(odd));
-            words[w] = even | (static_cast<uint64_t>(odd) << 32);
+            take(w, _mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
         }
     }
 
-  private:
     __m512i key0_[kPhiloxRounds], key1_[kPhiloxRounds], limit_;
 };
 
@@ -78,11 +94,22 @@ class NoiseWords {
         : seed_(static_cast<uint64_t>(seed)), threshold_(static_cast<uint32_t>(threshold)) {}
 
     void draw(int64_t first, uint64_t* words) const {
-        for (int w = 0; w < kWords; ++w) words[w] = draw_word(first + w);
+        uint16_t draws[kWords * kWord];
+        values(first, draws);
+        for (int w = 0; w < kWords; ++w) {
+            uint64_t bits = 0;
+            for (int j = 0; j < kWord; ++j)
+                bits |= static_cast<uint64_t>(draws[w * kWord + j] < threshold_) << j;
+            words[w] = bits;
+        }
+    }
+
+    void values(int64_t first, uint16_t* values) const {
+        for (int w = 0; w < kWords; ++w) values_of_word(first + w, values + w * kWord);
     }
 
   private:
-    uint64_t draw_word(int64_t block) const {
+    void values_of_word(int64_t block, uint16_t* values) const {
         constexpr int kCalls = kWord / kDrawsPerCall;
         uint32_t c0[kCalls], c1[kCalls], c2[kCalls] = {}, c3[kCalls] = {};
         for (int j = 0; j < kCalls; ++j) {
@@ -103,15 +130,11 @@ class NoiseWords {
             k0 += kPhiloxW0;
             k1 += kPhiloxW1;
         }
-        uint64_t bits = 0;
         for (int j = 0; j < kCalls; ++j) {
             const uint32_t words[4] = {c0[j], c1[j], c2[j], c3[j]};
-            for (int d = 0; d < kDrawsPerCall; ++d) {
-                const uint32_t value = (words[d / 2] >> (16 * (d % 2))) & 0xffffu;
-                bits |= static_cast<uint64_t>(value < threshold_) << (kDrawsPerCall * j + d);
-            }
+            for (int d = 0; d < kDrawsPerCall; ++d)
+                values[kDrawsPerCall * j + d] = static_cast<uint16_t>(words[d / 2] >> (16 * (d % 2)));
         }
-        return bits;
     }
 
     uint64_t seed_;
@@ -141,6 +164,25 @@ class Noise {
     NoiseWords words_;
     bool constant_;
     uint64_t drawn_[kWords];
+    int64_t group_ = -1;
+};
+
+// The draws themselves in turn: those last made are kept.
+class Draws {
+  public:
+    explicit Draws(int64_t seed) : words_(seed, 0) {}
+
+    const uint16_t* word(int64_t block) {
+        if (block / kWords != group_) {
+            group_ = block / kWords;
+            words_.values(group_ * kWords, values_);
+        }
+        return values_ + block % kWords * kWord;
+    }
+
+  private:
+    NoiseWords words_;
+    uint16_t values_[kWords * kWord];
     int64_t group_ = -1;
 };
 

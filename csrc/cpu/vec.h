@@ -52,6 +52,10 @@ inline Vec load(const uint8_t* p) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
 }
+inline Vec load(const uint16_t* p) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(words))};
+}
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16* p, Vec a) {
     const __m512i bits = _mm512_castps_si512(a.v);
@@ -117,6 +121,10 @@ inline Vec load(const f16* p) {
 inline Vec load(const uint8_t* p) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))};
+}
+inline Vec load(const uint16_t* p) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(words))};
 }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(bf16* p, Vec a) {
@@ -191,6 +199,9 @@ inline float fold(Vec a, Op op) {
 inline Mask first_lanes(int count) { return (1u << count) - 1u; }
 
 inline Vec load(const uint8_t* p) {
+    return lanewise([&](int i) { return static_cast<float>(p[i]); });
+}
+inline Vec load(const uint16_t* p) {
     return lanewise([&](int i) { return static_cast<float>(p[i]); });
 }
 template <typename T>

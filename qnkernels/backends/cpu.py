@@ -26,9 +26,10 @@ def load() -> dict[str, Callable]:
     library = open_library("cpu")
     library.qnk_cpu_isa.restype = ctypes.c_char_p
     kernels = CpuKernels(declare(library, "cpu", CPU_ARGTYPES), library.qnk_cpu_isa().decode())
-    parts = ("block_noise_centroid", "int_decode")  # of block_noise and of int_linear_backward
+    # of block_noise, of int_linear_backward, and one that is named otherwise
+    parts = ("block_noise_centroid", "int_decode", "moving_fake_quantize")
     names = [name for name in CPU_ARGTYPES if name not in parts]
-    names += ["pq_decode", "pq_decode_backward", "pq_embedding_backward", "update_range_"]
+    names += ["pq_decode", "pq_decode_backward", "pq_embedding_backward", "update_range_", "moving_fake_quantize_"]
     return {name: getattr(kernels, name) for name in names}
 
 
@@ -116,6 +117,34 @@ class CpuKernels:
         )
         raise_for_status(status)
         return grad_x
+
+    def dynamic_fake_quantize(self, x, bits, seed, per_sample, stochastic, dtype=None):
+        y = torch.empty(x.shape, dtype=dtype or x.dtype)
+        samples = len(x) if per_sample else 1
+        status = self._c["dynamic_fake_quantize"](
+            *(x.data_ptr(), DTYPES[x.dtype], y.data_ptr(), DTYPES[y.dtype], samples, x.numel() // samples),
+            *(bits.data_ptr(), stochastic, seed.data_ptr()),
+        )
+        raise_for_status(status)
+        return y
+
+    def moving_fake_quantize_(
+        self, x, low, high, step, bits, momentum, axis=None, group_size=None, dtype=None
+    ):
+        if not (low.is_contiguous() and high.is_contiguous()):
+            packed = low.contiguous(), high.contiguous()
+            result = self.moving_fake_quantize_(x, *packed, step, bits, momentum, axis, group_size, dtype)
+            low.copy_(packed[0])
+            high.copy_(packed[1])
+            return result
+        y, scale, zero_point = torch.empty(x.shape, dtype=dtype or x.dtype), *map(torch.empty_like, (low, high))
+        status = self._c["moving_fake_quantize"](
+            *(x.data_ptr(), DTYPES[x.dtype], y.data_ptr(), DTYPES[y.dtype], *layout(x, axis, group_size)),
+            *(bits.data_ptr(), momentum, low.data_ptr(), high.data_ptr(), step.data_ptr()),
+            *(scale.data_ptr(), zero_point.data_ptr()),
+        )
+        raise_for_status(status)
+        return y, scale, zero_point
 
     def block_noise(self, weight, block_size, p, seed, kind, rescale, dtype=None, codebook=None):
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype)

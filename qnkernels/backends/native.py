@@ -37,6 +37,11 @@ CPU_ARGTYPES = {
         *(POINTER, INT, POINTER, POINTER, INT, SIZE, POINTER, POINTER, SIZE, SIZE, POINTER),
         *(ctypes.c_int32, POINTER),
     ],
+    "dynamic_fake_quantize": [*(POINTER, INT, POINTER, INT, SIZE, SIZE, POINTER, INT, POINTER)],
+    "moving_fake_quantize": [
+        *(POINTER, INT, POINTER, INT, SIZE, SIZE, SIZE, POINTER, FLOAT),
+        *[POINTER] * 5,
+    ],
     "block_noise": [POINTER, INT, POINTER, INT, SIZE, SIZE, INT, FLOAT, ctypes.c_int32, POINTER],
     "block_noise_centroid": [
         *(POINTER, INT, POINTER, INT, SIZE, SIZE),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ..reference import block_noise, fake_quantize, int_linear, kmeans, pq, range
+from ..reference import block_noise, dynamic, fake_quantize, int_linear, kmeans, pq, range
 
 
 def load() -> dict[str, Callable]:
@@ -14,6 +14,8 @@ def load() -> dict[str, Callable]:
         fake_quantize.fake_quantize,
         fake_quantize.fake_quantize_backward,
         block_noise.block_noise,
+        dynamic.dynamic_fake_quantize,
+        dynamic.moving_fake_quantize_,
         int_linear.int_linear,
         int_linear.int_linear_quantized,
         int_linear.int_linear_backward,

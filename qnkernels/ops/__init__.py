@@ -1,6 +1,6 @@
 """The ops, torch.ops.qnkernels.*: schema, argument checks, fake kernel, autograd, dispatch."""
 
-from . import block_noise, fake_quantize, int_linear, kmeans, noisy_linear, pq, range, rounding
+from . import block_noise, dynamic, fake_quantize, int_linear, kmeans, noisy_linear, pq, range, rounding
 
 OPS = (
     "minmax",
@@ -10,6 +10,8 @@ OPS = (
     "fake_quantize",
     "fake_quantize_backward",
     "block_noise",
+    "dynamic_fake_quantize",
+    "moving_fake_quantize_",
     "int_linear",
     "int_linear_quantized",
     "int_linear_backward",
@@ -28,6 +30,7 @@ OPS = (
 __all__ = [
     "OPS",
     "block_noise",
+    "dynamic",
     "fake_quantize",
     "int_linear",
     "kmeans",

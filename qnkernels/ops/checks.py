@@ -80,6 +80,15 @@ def like_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y if x.dim() == 2 else y.resize_(*x.shape[:-1], y.shape[-1])
 
 
+def own(y: torch.Tensor) -> torch.Tensor:
+    """y as a tensor of its own over the same memory, for an autograd function to return.
+
+    F.linear gives a view where x has other than two dimensions, and of a view that an autograd function returns
+    autograd allows no in-place use. Compilers keep no such account.
+    """
+    return y if torch.compiler.is_compiling() else y.data
+
+
 def check_not_empty(argument: str, x: torch.Tensor) -> None:
     if x.numel() == 0:
         fail(argument, "at least one element", f"shape {tuple(x.shape)}")

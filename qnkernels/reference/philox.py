@@ -42,8 +42,12 @@ def threshold(p: float) -> int:
     return round(p * 65536)
 
 
+def draws(n: int, seed: torch.Tensor) -> torch.Tensor:
+    """int64 [n] in [0, 2^16): the draws of n consecutive elements (or blocks) under a 0-d int64 seed."""
+    words = philox(torch.arange((n + 7) // 8, device=seed.device), seed)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten()[:n]
+
+
 def noise_mask(n: int, p: float, seed: torch.Tensor) -> torch.Tensor:
     """Bool [n]: which of n consecutive elements (or blocks) are noised at rate p under a 0-d int64 seed."""
-    words = philox(torch.arange((n + 7) // 8, device=seed.device), seed)
-    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return draws.flatten()[:n] < threshold(p)
+    return draws(n, seed) < threshold(p)

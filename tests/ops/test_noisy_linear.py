@@ -69,3 +69,11 @@ def test_dtypes_must_agree():
     x, weight, bias = inputs(torch.float32)
     with pytest.raises(TypeError, match="bfloat16"):
         F.noisy_linear(x.bfloat16(), weight, bias, 0.1, 8.0)
+
+
+def test_an_activation_may_work_in_place():
+    """F.linear of three dimensions gives a view, of which autograd would allow no in-place use."""
+    x, weight, bias = inputs(torch.float32)
+    y = F.noisy_linear(x.reshape(1, *x.shape), weight, bias, 0.1, 8.0)
+    torch.relu_(y).sum().backward()
+    assert weight.grad is not None

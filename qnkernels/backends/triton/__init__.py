@@ -33,6 +33,7 @@ def kernels() -> dict[str, Callable]:
     """The callables by op name, without asking whether they can run here."""
     from . import (
         block_noise,
+        dynamic,
         fake_quantize,
         int_embedding,
         int_linear,
@@ -54,6 +55,8 @@ def kernels() -> dict[str, Callable]:
         fake_quantize.fake_quantize,
         fake_quantize.fake_quantize_backward,
         block_noise.block_noise,
+        dynamic.dynamic_fake_quantize,
+        dynamic.moving_fake_quantize_,
         int_linear.int_linear,
         int_linear_backward.int_linear_backward,
         int_embedding.int_embedding,

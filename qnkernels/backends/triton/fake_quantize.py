@@ -184,7 +184,7 @@ def fake_quantize_backward_kernel(
         )  # fmt: skip
 
 
-def _span(channels: int, inner: int) -> int:
+def span(channels: int, inner: int) -> int:
     if channels == 1:
         return PER_TENSOR
     return PER_EIGHT if inner % 8 == 0 else PER_ELEMENT
@@ -201,7 +201,7 @@ def fake_quantize(x, scale, zero_point, bits, p, seed, axis=None, group_size=Non
         fake_quantize_kernel,
         (cdiv(n, BLOCK),),
         *(x, y, n, scale, zero_point, channels, inner, bits, limit, seed),
-        **dict(DRAW=limit < 65536, SPAN=_span(channels, inner), BLOCK=BLOCK, num_warps=WARPS),
+        **dict(DRAW=limit < 65536, SPAN=span(channels, inner), BLOCK=BLOCK, num_warps=WARPS),
     )
     return y
 
@@ -218,6 +218,6 @@ def fake_quantize_backward(grad, x, scale, zero_point, bits, p, seed, axis=None,
         fake_quantize_backward_kernel,
         (cdiv(n, BLOCK),),
         *(grad_x, None if in_place else grad, x, n, scale, zero_point, channels, inner, bits, limit, seed),
-        **dict(DRAW=limit < 65536, SPAN=_span(channels, inner), BLOCK=BLOCK, num_warps=WARPS),
+        **dict(DRAW=limit < 65536, SPAN=span(channels, inner), BLOCK=BLOCK, num_warps=WARPS),
     )
     return grad_x

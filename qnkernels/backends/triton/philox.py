@@ -25,6 +25,21 @@ def philox(c0, c1, k0, k1):
 
 
 @triton.jit
+def draws(first_call, seed_ptr, CALLS: tl.constexpr):
+    """uint32 [CALLS, 8] in [0, 2^16): the draws of 8 * CALLS elements from 8 * first_call on; seed int64 []."""
+    counter = first_call.to(tl.int64) + tl.arange(0, CALLS)
+    seed = tl.load(seed_ptr)
+    w0, w1, w2, w3 = philox(
+        (counter & 0xFFFFFFFF).to(tl.uint32),
+        ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        (seed & 0xFFFFFFFF).to(tl.uint32),
+        ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32),
+    )
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [CALLS, 4])
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [CALLS, 8])
+
+
+@triton.jit
 def noise_mask(first_call, seed_ptr, threshold, CALLS: tl.constexpr):
     """Bool [CALLS, 8]: which of the 8 * CALLS elements (or blocks) from 8 * first_call on are noised.
 

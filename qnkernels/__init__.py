@@ -4,9 +4,11 @@ from . import functional, nn
 from .backends import BackendUnavailable, backend
 from .calibrate import calibrate
 from .checkpoint import compressed_size, load_compressed, save_compressed
+from .cpt import BitOperations, CyclicPrecision
 from .ipq import IPQ, Stage
 from .kmeans import KMeansResult, kmeans
 from .pq import PQConfig
+from .precision import CyclicPrecisionConfig
 from .product import ProductNoiseConfig
 from .ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig
 from .quantize import quantize_, remove_noise_
@@ -17,6 +19,9 @@ __version__ = "0.1.0"
 __all__ = [
     "IPQ",
     "BackendUnavailable",
+    "BitOperations",
+    "CyclicPrecision",
+    "CyclicPrecisionConfig",
     "Int4WeightOnlyConfig",
     "Int8DynamicConfig",
     "Int8StaticConfig",

@@ -17,6 +17,7 @@ __all__ = [
     "low_precision_linear",
     "minmax",
     "moving_fake_quantize",
+    "moving_fake_quantize_",
     "noisy_linear",
     "pq_decode",
     "pq_embedding",
@@ -203,8 +204,24 @@ def moving_fake_quantize(
     Returns the shape of x, in `dtype` (that of x by default). Gradient: straight-through, stopped where x
     lies outside the range. Raises ValueError (shapes, bits, momentum, device) and TypeError (dtypes).
     """
-    bits = _bits(bits, x.device)
-    return ops.dynamic.moving_fake_quantize(x, low, high, step, bits, momentum, axis, group_size, dtype)
+    arguments = x, low, high, step, _bits(bits, x.device), momentum, axis, group_size, dtype
+    return ops.dynamic.moving_fake_quantize(*arguments)
+
+
+def moving_fake_quantize_(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    step: torch.Tensor,
+    bits: int | torch.Tensor = 8,
+    momentum: float = 0.1,
+    axis: int | None = None,
+    group_size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same without a gradient; returns the quantized x with its scale and zero point."""
+    arguments = x.detach(), low, high, step, _bits(bits, x.device), momentum, axis, group_size, dtype
+    return ops.dynamic.moving_fake_quantize_(*arguments)
 
 
 def quantize_gradient(
@@ -220,18 +237,26 @@ def quantize_gradient(
 def low_precision_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    grad_bits: int | torch.Tensor = 8,
+    bias: torch.Tensor | None,
+    quantized_x: torch.Tensor,
+    quantized_weight: torch.Tensor,
+    quantizer: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    grad_bits: int | torch.Tensor | None = 8,
     seed: int | torch.Tensor = 0,
 ) -> torch.Tensor:
-    """F.linear(x, weight, bias), whose output's gradient is quantized as by `quantize_gradient`, first of all.
+    """F.linear(quantized_x, quantized_weight, bias) with straight-through gradients to x and weight.
 
-    x [..., in], weight [out, in] and bias [out] of one dtype. Raises ValueError (bits) and TypeError (dtypes).
+    x [..., in]; the quantized x, weight [out, in] and bias [out] have one dtype, which the result has.
+    quantizer: scale, zero point and bits (tensors) that x was quantized with, whose gradient is stopped
+    outside their range. grad_bits: the gradient of the result is quantized as by `quantize_gradient`, first
+    of all; None leaves it as it is. Raises ValueError (bits) and TypeError (dtypes).
     """
-    if x.dtype != weight.dtype:
-        raise TypeError(f"x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
-    grad_bits = _bits(grad_bits, x.device)
-    return ops.dynamic.low_precision_linear(x, weight, bias, grad_bits, _seed(seed, x.device))
+    if not x.dtype == quantized_x.dtype == quantized_weight.dtype:
+        expected = f"that of quantized_weight, {quantized_weight.dtype}"
+        raise TypeError(f"x and quantized_x: expected {expected}, got {x.dtype} and {quantized_x.dtype}")
+    width = None if grad_bits is None else _bits(grad_bits, x.device)
+    quantized = quantized_x, quantized_weight, quantizer
+    return ops.dynamic.low_precision_linear(x, weight, bias, *quantized, width, _seed(seed, x.device))
 
 
 def block_noise(

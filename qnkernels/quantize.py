@@ -9,6 +9,7 @@ from .nn.distributed import keep_codes_from_ddp_
 from .nn.encoder import choose_encoder_path_
 from .nn.noisy import NoisyLayer, remove_noise_from_
 from .pq import PQConfig
+from .precision import CyclicPrecisionConfig
 from .product import ProductNoiseConfig
 from .ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig
 from .scalar import ScalarNoiseConfig
@@ -16,6 +17,7 @@ from .scalar import ScalarNoiseConfig
 Config = (
     ScalarNoiseConfig
     | ProductNoiseConfig
+    | CyclicPrecisionConfig
     | Int8WeightOnlyConfig
     | Int4WeightOnlyConfig
     | Int8DynamicConfig

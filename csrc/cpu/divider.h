@@ -17,6 +17,9 @@ class Divider {
     // Whether quotients that matter, those above 2^-3, are exact: remainders are then multiples of 2^-149.
     static bool serves(float s) { return kFusedMultiply && s > 0x1p-100f && s < 0x1p100f; }
 
+    // Whether quotients down to 2^-40, below which a draw of 16 bits decides for the level below, are exact, too.
+    static bool serves_small(float s) { return kFusedMultiply && s > 0x1p-60f && s < 0x1p60f; }
+
     Vec exact(Vec x) const { return x / scale_; }
 
     Vec fast(Vec x) const {

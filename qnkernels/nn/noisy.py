@@ -13,6 +13,7 @@ from torch import nn
 from .. import functional
 from ..ops.checks import fail
 from .noise import ActivationNoise, BlockNoise, ScalarNoise
+from .precision import TrainingPrecision
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -28,14 +29,19 @@ def to_autocast(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+Noise = ScalarNoise | BlockNoise | TrainingPrecision
+
+
 class NoisyLayer(nn.Module):
     """What the noisy layers share: noise on the weight and, where wanted, activation_noise on the output.
+
+    The noise may also be a TrainingPrecision, which quantizes the input and the gradient, too.
 
     A layer built anew, with the arguments of the plain one, has the scalar noise of ScalarNoise's defaults.
     """
 
     PLAIN: ClassVar[type[nn.Module]]
-    noise: ScalarNoise | BlockNoise
+    noise: Noise
     activation_noise: ActivationNoise | None
 
     def __init__(self, *args, **kwargs) -> None:
@@ -72,13 +78,16 @@ class NoisyLinear(NoisyLayer, nn.Linear):
     ) -> "NoisyLinear":
         """A new layer that shares the parameters of `linear`, which is left as it is.
 
-        noise: "scalar" or "block"; options: those of ScalarNoise (bits, p, ...) or BlockNoise
-        (block_size, p, ...). Raises ValueError naming the option.
+        noise: "scalar", "block" or "precision"; options: those of ScalarNoise (bits, p, ...), BlockNoise
+        (block_size, p, ...) or TrainingPrecision (bits, grad_bits, ...). Raises ValueError naming the option.
         """
         return cls._from_plain(linear, noise, activations, p_activations, options)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [..., in] -> [..., out]."""
+        if isinstance(self.noise, TrainingPrecision):
+            x = to_autocast(input)
+            return self.noise.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
         dtype = autocast_dtype(self.weight.device.type)
         if isinstance(self.noise, ScalarNoise) and dtype is None and input.dtype == self.weight.dtype:
             quantizer = self.noise.quantizer(self.weight)
@@ -116,6 +125,8 @@ class NoisyEmbedding(NoisyLayer, nn.Embedding):
             # no codeword need be zero
             padding = self.weight[self.padding_idx].detach()
             y = torch.where((input == self.padding_idx)[..., None], padding, y)
+        if isinstance(self.noise, TrainingPrecision):
+            return self.noise.output(y)
         return self._output(y)
 
 
@@ -139,9 +150,13 @@ class NoisyConv2d(NoisyLayer, nn.Conv2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [batch, in, h, w] or [in, h, w] -> the shape of nn.Conv2d."""
         weight = self.noise(self.weight, autocast_dtype(self.weight.device.type))
+        if isinstance(self.noise, TrainingPrecision):
+            x = self.noise.input(to_autocast(input))
+            return self.noise.output(self._conv_forward(x, weight, self.bias))
         return self._output(self._conv_forward(input, weight, self.bias))
 
 
+NOISES = ("scalar", "block", "precision")
 NOISY: dict[type[nn.Module], type[NoisyLayer]] = {
     cls.PLAIN: cls for cls in (NoisyLinear, NoisyEmbedding, NoisyConv2d)
 }
@@ -160,20 +175,21 @@ def check_weight(weight: torch.Tensor) -> None:
 
 def make_noise(
     layer: nn.Module, noise: str = "scalar", activations: bool = False, p_activations: float = 0.0, **options
-) -> tuple[ScalarNoise | BlockNoise, ActivationNoise | None]:
+) -> tuple[Noise, ActivationNoise | None]:
     """The noise modules for a layer, after every check; the layer is left as it is."""
-    if noise not in ("scalar", "block"):
-        fail("noise", "'scalar' or 'block'", repr(noise))
+    if noise not in NOISES:
+        fail("noise", f"one of {NOISES}", repr(noise))
     if isinstance(layer, nn.Embedding):
         if layer.max_norm is not None:
             fail("max_norm", "None, since it rewrites the table in each forward", layer.max_norm)
         if layer.sparse:
             fail("sparse", "False, since the noise gives each row a gradient", True)
     check_weight(layer.weight)
-    if noise == "block":
+    if noise != "scalar":
         if activations:
-            fail("activations", "False with block noise", True)
-        return BlockNoise(layer.weight, **options), None
+            fail("activations", f"False with {noise} noise", True)
+        made = BlockNoise if noise == "block" else TrainingPrecision
+        return made(layer.weight, **options), None
     weight_noise = ScalarNoise(layer.weight, **options)
     if not activations:
         return weight_noise, None
@@ -195,7 +211,7 @@ def twin_of(layer: nn.Module) -> nn.Module:
 
 
 def add_noise_(
-    layer: nn.Module, noise: ScalarNoise | BlockNoise, activation_noise: ActivationNoise | None = None
+    layer: nn.Module, noise: Noise, activation_noise: ActivationNoise | None = None
 ) -> None:
     """Turn a plain layer into its noisy class, in place; the noise of a noisy layer is replaced."""
     if not isinstance(layer, NoisyLayer):

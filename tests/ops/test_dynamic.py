@@ -183,21 +183,32 @@ def test_quantize_gradient_is_the_identity_with_a_quantized_gradient():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_low_precision_linear_is_linear_with_a_quantized_gradient(bias):
+@pytest.mark.parametrize("grad_bits", [4, None])
+def test_low_precision_linear_is_the_composition(bias, grad_bits):
+    """Quantized x and weight, straight-through gradients, and a gradient that was quantized before."""
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(2, 7, 12, generator=generator).requires_grad_()
     weight = torch.randn(5, 12, generator=generator).requires_grad_()
-    parameters = [x, weight]
-    if bias:
-        parameters.append(torch.randn(5, generator=generator).requires_grad_())
+    offset = torch.randn(5, generator=generator).requires_grad_() if bias else None
+    wanted = [tensor for tensor in (x, weight, offset) if tensor is not None]
     grad = torch.randn(2, 7, 5, generator=generator)
-    y = F.low_precision_linear(*parameters, *([] if bias else [None]), grad_bits=4, seed=3)
-    plain = torch.nn.functional.linear(*parameters)
-    assert_identical(y, plain)
-    coarse = F.dynamic_fake_quantize(grad, 4, per_sample=True, stochastic=True, seed=3)
-    assert not torch.equal(coarse, grad)
-    actual, expected = torch.autograd.grad(y, parameters, grad), torch.autograd.grad(plain, parameters, coarse)
+    scale, zero_point, bits = torch.tensor(0.1), torch.tensor(8.0), integer(4)  # not for all of x
+    quantized = F.fake_quantize(x, scale, zero_point, 4), F.dynamic_fake_quantize(weight, 4)
+    composed = torch.nn.functional.linear(*quantized, offset)
+    detached = (tensor.detach() for tensor in quantized)
+    y = F.low_precision_linear(x, weight, offset, *detached, (scale, zero_point, bits), grad_bits, 3)
+    assert_identical(y, composed)
+    bits.fill_(7)  # of the next forward: this backward must not see it
+    coarse = grad
+    if grad_bits is not None:
+        coarse = F.dynamic_fake_quantize(grad, grad_bits, per_sample=True, stochastic=True, seed=3)
+        assert not torch.equal(coarse, grad)
+    expected = torch.autograd.grad(composed, wanted, coarse)
+    assert 0 < int((expected[0] == 0).sum()) < x.numel()
+    actual = torch.autograd.grad(y, wanted, grad, create_graph=True)  # out of place
     for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(torch.autograd.grad(y, wanted, grad, retain_graph=True), expected, strict=True):
         torch.testing.assert_close(one, other)
     y.relu_()  # not a view: activations may work in place
 
@@ -205,7 +216,7 @@ def test_low_precision_linear_is_linear_with_a_quantized_gradient(bias):
 def test_an_empty_batch():
     x = torch.empty(0, 6, requires_grad=True)
     weight = torch.randn(4, 6, requires_grad=True)
-    F.low_precision_linear(x, weight, None, 8, 1).sum().backward()
+    F.low_precision_linear(x, weight, None, x.detach(), weight.detach(), None, 8, 1).sum().backward()
     assert x.grad.shape == (0, 6)
     assert_identical(weight.grad, torch.zeros(4, 6))
     assert F.dynamic_fake_quantize(x, 8, per_sample=True).shape == (0, 6)
@@ -234,7 +245,8 @@ def test_compiles_without_a_graph_break():
 
     def layer(x, bits, seed):
         quantized = F.moving_fake_quantize(x, low, high, step, bits, 0.5)
-        y = F.low_precision_linear(quantized, F.dynamic_fake_quantize(weight, bits), None, bits, seed)
+        rounded = F.dynamic_fake_quantize(weight.detach(), bits)
+        y = F.low_precision_linear(quantized, weight, None, quantized.detach(), rounded, None, bits, seed)
         return F.quantize_gradient(y, bits, seed)
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
@@ -270,8 +282,8 @@ def test_bad_input():
         F.moving_fake_quantize(x, *ok, axis=0)
     with pytest.raises(ValueError, match="x: expected at least one element"):
         F.moving_fake_quantize(x[:0], *ok)
-    with pytest.raises(TypeError, match="x: expected the dtype of weight"):
-        F.low_precision_linear(x, torch.randn(2, 4).bfloat16())
+    with pytest.raises(TypeError, match="expected that of quantized_weight, torch.bfloat16"):
+        F.low_precision_linear(x, x, None, x, x.bfloat16())
     for name in ("cpu", "reference"):
         with qnk.backend(name), pytest.raises(ValueError, match="bits"):
             F.dynamic_fake_quantize(x, 33)

@@ -1,8 +1,8 @@
 // Fake quantization over the range of the data: of each sample of x [samples, inner], or a moving average.
 //
 // Of a sample that fits the cache memory sees one read and one write; of a larger one, two reads. Per 16 elements
-// beside the range: 13 vector instructions to the nearest level (as fake_quantize), 15 more of Philox and a true
-// division, 16 cycles, to a random one.
+// beside the range: 13 vector instructions to the nearest level (as fake_quantize), 23 more to a random one, 15 of
+// them of Philox.
 #include <type_traits>
 
 #include "common/affine.h"
@@ -37,12 +37,13 @@ void to_nearest(const In* x, Out* y, int64_t count, const Affine& q, float top, 
 }
 
 // The same to the level below x_i / s + z, or to the next one where the draw is below what lies between.
-template <typename In, typename Out>
-void to_random(const In* x, Out* y, int64_t first, int64_t count, const Affine& q, float top, Draws& draws) {
+template <typename In, typename Out, typename Quotient>
+void to_random(const In* x, Out* y, int64_t first, int64_t count, const Affine& q, float top, Draws& draws,
+               const Quotient& quotient) {
     const Vec scale = splat(q.scale), zero = splat(q.zero_point), limit = splat(top), none = splat(0.0f);
     const Vec one = splat(1.0f), half = splat(0.5f), units = splat(65536.0f);
     auto quantized = [&](Vec value, Vec draw) {
-        const Vec code = value / scale + zero;  // small quotients count here: no Divider
+        const Vec code = quotient(value) + zero;
         const Vec nearest = round_even(code);
         const Vec whole = nearest - select(less(code, nearest), one, none);
         const Vec up = select(less(draw + half, (code - whole) * units), one, none);
@@ -61,12 +62,17 @@ void to_random(const In* x, Out* y, int64_t first, int64_t count, const Affine& 
 
 template <typename In, typename Out>
 void to_level(const In* x, Out* y, int64_t first, int64_t count, const Affine& q, float top, Draws* draws) {
-    if (draws) return to_random(x + first, y + first, first, count, q, top, *draws);
     const Divider divider(q.scale);
-    if (Divider::serves(q.scale))
-        to_nearest(x + first, y + first, count, q, top, [&](Vec value) { return divider.fast(value); });
+    auto with = [&](const auto& quotient) {
+        if (draws)
+            to_random(x + first, y + first, first, count, q, top, *draws, quotient);
+        else
+            to_nearest(x + first, y + first, count, q, top, quotient);
+    };
+    if (draws ? Divider::serves_small(q.scale) : Divider::serves(q.scale))
+        with([&](Vec value) { return divider.fast(value); });
     else
-        to_nearest(x + first, y + first, count, q, top, [&](Vec value) { return divider.exact(value); });
+        with([&](Vec value) { return divider.exact(value); });
 }
 
 // Threads share samples, each of which is read twice by the same one.

@@ -25,7 +25,8 @@ def _at_levels(x, scale, zero_point, top, first_call, seed_ptr, STOCHASTIC: tl.c
     """
     if STOCHASTIC:
         code = tl.div_rn(x, scale) + zero_point
-        whole = tl.floor(code)
+        nearest = (code + 12582912.0) - 12582912.0  # an integer; tl.floor would flush denormals
+        whole = tl.where(code < nearest, nearest - 1.0, nearest)
         up = draws(first_call, seed_ptr, CALLS).to(tl.float32) + 0.5 < (code - whole) * 65536.0
         code = tl.where(up, whole + 1.0, whole)
         code = tl.minimum(tl.maximum(code, 0.0, propagate_nan=ALL), top, propagate_nan=ALL)

@@ -6,9 +6,16 @@ from .calibrate import calibrate
 from .checkpoint import compressed_size, load_compressed, save_compressed
 from .ipq import IPQ, Stage
 from .kmeans import KMeansResult, kmeans
+from .mixed import MixedPrecisionConfig
 from .pq import PQConfig
 from .product import ProductNoiseConfig
-from .ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig
+from .ptq import (
+    Int4WeightOnlyConfig,
+    Int8DynamicConfig,
+    Int8StaticConfig,
+    Int8WeightOnlyConfig,
+    IntWeightOnlyConfig,
+)
 from .quantize import quantize_, remove_noise_
 from .scalar import ScalarNoiseConfig
 
@@ -21,7 +28,9 @@ __all__ = [
     "Int8DynamicConfig",
     "Int8StaticConfig",
     "Int8WeightOnlyConfig",
+    "IntWeightOnlyConfig",
     "KMeansResult",
+    "MixedPrecisionConfig",
     "PQConfig",
     "ProductNoiseConfig",
     "ScalarNoiseConfig",

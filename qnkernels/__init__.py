@@ -1,6 +1,7 @@
 """Training with quantization noise and extreme compression for PyTorch."""
 
 from . import functional, nn
+from .allocation import BitAllocation, allocate_bits
 from .backends import BackendUnavailable, backend
 from .calibrate import calibrate
 from .checkpoint import compressed_size, load_compressed, save_compressed
@@ -18,12 +19,14 @@ from .ptq import (
 )
 from .quantize import quantize_, remove_noise_
 from .scalar import ScalarNoiseConfig
+from .sensitivity import Sensitivity, sensitivity
 
 __version__ = "0.1.0"
 
 __all__ = [
     "IPQ",
     "BackendUnavailable",
+    "BitAllocation",
     "Int4WeightOnlyConfig",
     "Int8DynamicConfig",
     "Int8StaticConfig",
@@ -34,7 +37,9 @@ __all__ = [
     "PQConfig",
     "ProductNoiseConfig",
     "ScalarNoiseConfig",
+    "Sensitivity",
     "Stage",
+    "allocate_bits",
     "backend",
     "calibrate",
     "compressed_size",
@@ -45,4 +50,5 @@ __all__ = [
     "quantize_",
     "remove_noise_",
     "save_compressed",
+    "sensitivity",
 ]

@@ -82,8 +82,6 @@ def _hull(size: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             continue
         while len(hull) > 1 and _slope(hull[-2], option) <= _slope(hull[-2], hull[-1]):
             hull.pop()
-        if hull and hull[-1][0] == option[0]:
-            continue
         hull.append(option)
     return np.array([size for size, _ in hull]), np.array([cost for _, cost in hull])
 

@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from .checkpoint import compressed_size, load_compressed
-from .layers import Layers, naming
+from .layers import Layers, check_sharing, naming, tied_layers, weight_id
 from .matching import Option, resolve
 from .nn.compressed import become_
 from .nn.distributed import keep_codes_from_ddp_
@@ -147,7 +147,7 @@ class IPQ:
         for name, layer in layers:
             if not isinstance(layer, PQLayer):
                 with naming(name):
-                    key = _weight_id(layer)
+                    key = weight_id(layer)
                     if key not in by_weight:
                         by_weight[key] = self._config(name, layer)
                     by_weight[key].check(layer)
@@ -197,12 +197,9 @@ def _assigned(model: nn.Module, patterns: list[re.Pattern]) -> list[Layers]:
     """The layers of each stage. Layers of one weight go together, with the first of them that is due; those
     that its pattern finds stand before the others.
     """
-    tied: dict[int, Layers] = {}
-    for name, layer in model.named_modules():
-        if type(layer) in PQConfig.CONVERTS or isinstance(layer, PQLayer):
-            tied.setdefault(_weight_id(layer), []).append((name, layer))
     stages: list[Layers] = [[] for _ in patterns]
-    for layers in tied.values():
+    ours = lambda layer: type(layer) in PQConfig.CONVERTS or isinstance(layer, PQLayer)  # noqa: E731
+    for layers in tied_layers(model, ours):
         matches = (i for i, pattern in enumerate(patterns) if any(pattern.search(name) for name, _ in layers))
         number = next(matches, None)
         if number is not None:
@@ -210,23 +207,5 @@ def _assigned(model: nn.Module, patterns: list[re.Pattern]) -> list[Layers]:
     for pattern, layers in zip(patterns, stages, strict=True):
         if not layers:
             fail("stages", "patterns that each find a layer that no earlier one does", repr(pattern.pattern))
-    _check_sharing(model, stages)
+    check_sharing(model, [item for layers in stages for item in layers])
     return stages
-
-
-def _weight_id(layer: nn.Module) -> int:
-    weight = layer.codes if isinstance(layer, PQLayer) else layer._parameters.get("weight")
-    return id(layer if weight is None else weight)
-
-
-def _check_sharing(model: nn.Module, stages: list[Layers]) -> None:
-    """A weight must not be held by a module that would keep it when its codes take its place."""
-    ours = {id(layer) for layers in stages for _, layer in layers}
-    weights = {_weight_id(layer): name for layers in stages for name, layer in layers}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if id(module) not in ours and id(parameter) in weights:
-                owner = weights[id(parameter)]
-                with naming(owner):
-                    expected = "one that only Linear, Embedding and Conv2d layers share"
-                    fail("weight", expected, f"that of {type(module).__name__} {name!r}, too")

@@ -5,24 +5,24 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .mixed import MixedPrecisionConfig
 from .nn.distributed import keep_codes_from_ddp_
 from .nn.encoder import choose_encoder_path_
 from .nn.noisy import NoisyLayer, remove_noise_from_
 from .pq import PQConfig
 from .precision import CyclicPrecisionConfig
 from .product import ProductNoiseConfig
-from .ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig
+from .ptq import IntWeightOnlyConfig
 from .scalar import ScalarNoiseConfig
 
+# IntWeightOnlyConfig is the base of the other integer ones
 Config = (
     ScalarNoiseConfig
     | ProductNoiseConfig
     | CyclicPrecisionConfig
-    | Int8WeightOnlyConfig
-    | Int4WeightOnlyConfig
-    | Int8DynamicConfig
-    | Int8StaticConfig
+    | IntWeightOnlyConfig
     | PQConfig
+    | MixedPrecisionConfig
 )
 
 

@@ -29,7 +29,13 @@ def load() -> dict[str, Callable]:
     # of block_noise, of int_linear_backward, and one that is named otherwise
     parts = ("block_noise_centroid", "int_decode", "moving_fake_quantize")
     names = [name for name in CPU_ARGTYPES if name not in parts]
-    names += ["pq_decode", "pq_decode_backward", "pq_embedding_backward", "update_range_", "moving_fake_quantize_"]
+    names += [
+        "pq_decode",
+        "pq_decode_backward",
+        "pq_embedding_backward",
+        "update_range_",
+        "moving_fake_quantize_",
+    ]
     return {name: getattr(kernels, name) for name in names}
 
 
@@ -137,7 +143,10 @@ class CpuKernels:
             low.copy_(packed[0])
             high.copy_(packed[1])
             return result
-        y, scale, zero_point = torch.empty(x.shape, dtype=dtype or x.dtype), *map(torch.empty_like, (low, high))
+        y, scale, zero_point = (
+            torch.empty(x.shape, dtype=dtype or x.dtype),
+            *map(torch.empty_like, (low, high)),
+        )
         status = self._c["moving_fake_quantize"](
             *(x.data_ptr(), DTYPES[x.dtype], y.data_ptr(), DTYPES[y.dtype], *layout(x, axis, group_size)),
             *(bits.data_ptr(), momentum, low.data_ptr(), high.data_ptr(), step.data_ptr()),

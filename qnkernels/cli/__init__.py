@@ -1,4 +1,4 @@
-"""The command line: qnkernels demo, compress, bench, doctor."""
+"""The command line: qnkernels demo, sensitivity, compress, bench, doctor."""
 
 import typer
 
@@ -6,6 +6,7 @@ from .bench import bench
 from .compress import compress
 from .demo import demo
 from .doctor import doctor
+from .sensitivity import sensitivity
 
 app = typer.Typer(
     name="qnkernels",
@@ -14,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, compress, bench, doctor):
+for command in (demo, sensitivity, compress, bench, doctor):
     app.command()(command)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..checkpoint import load_compressed, save_compressed
 from ..container import FORMAT
 from ..nn.packed import PackedLayer
-from ..ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8WeightOnlyConfig
+from ..ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8WeightOnlyConfig, IntWeightOnlyConfig
 from ..quantize import quantize_
 from .console import clear_errors, megabytes, out, print_json
 
@@ -90,7 +90,7 @@ def compress(
         out.print(table(report, summary))
 
 
-def config_class(bits: int, activations: str) -> type[Int8WeightOnlyConfig]:
+def config_class(bits: int, activations: str) -> type[IntWeightOnlyConfig]:
     if bits not in (8, 4):
         raise ValueError(f"bits: expected one of [4, 8], got {bits}")
     known = [name for width, name in CONFIGS if width == bits]
@@ -148,7 +148,7 @@ def patterns(skip: list[str]) -> list[re.Pattern]:
 
 @torch.no_grad()
 def compress_model(
-    model: nn.Module, config: Int8WeightOnlyConfig, skip: list[re.Pattern]
+    model: nn.Module, config: IntWeightOnlyConfig, skip: list[re.Pattern]
 ) -> list[LayerReport]:
     """Quantize in place; the report has one entry per weight, under its first name if layers share it."""
     weights = {

@@ -1,4 +1,4 @@
-"""nn.Conv2d over packed 8-bit and 4-bit filters."""
+"""nn.Conv2d over filters in codes of 2 to 8 bits."""
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ PATCH_ELEMENTS = 1 << 24  # of the patches that are in memory at once: 64 MiB in
 
 
 class IntConv2d(ConvGeometry, PackedProduct):
-    """nn.Conv2d over filters [out, in / groups * kh * kw] in 8 or 4 bits; differentiable in x and bias.
+    """nn.Conv2d over filters [out, in / groups * kh * kw] in 2 to 8 bits; differentiable in x and bias.
 
     activations: as PackedProduct, a row being the patch that an output position sees (its part of the input
     channels, with groups). Quantized activations are multiplied patch by patch, with groups in one product

@@ -1,4 +1,4 @@
-"""Embeddings over a packed 8-bit or 4-bit table."""
+"""Embeddings over a table in codes of 2 to 8 bits."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from .packed import PackedLayer, PackedWeight, pack_weight
 
 
 class IntEmbedding(PackedLayer):
-    """Rows of a table [num_embeddings, embedding_dim] in 8 or 4 bits; only the rows asked for are decoded.
+    """Rows of a table [num_embeddings, embedding_dim] in 2 to 8 bits; only the rows asked for are decoded.
 
     padding_idx has no effect on the forward; it is kept for those who read it.
     """

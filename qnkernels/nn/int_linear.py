@@ -1,4 +1,4 @@
-"""Linear layers over packed 8-bit and 4-bit weights."""
+"""Linear layers over weights in codes of 2 to 8 bits."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from .packed_product import PackedProduct
 
 
 class IntLinear(PackedProduct):
-    """y = x @ W^T + bias over W [out, in] in 8 or 4 bits; differentiable in x and bias.
+    """y = x @ W^T + bias over W [out, in] in 2 to 8 bits; differentiable in x and bias.
 
     Arguments as PackedProduct, a row being the last dimension of x (a token).
     """
@@ -40,11 +40,11 @@ class IntLinear(PackedProduct):
     ) -> "IntLinear":
         """A new layer from `linear`, sharing its bias; options as `pack_weight` and PackedProduct.
 
-        Int8Linear and Int4Linear are the same with their own bits. Raises ValueError naming the option.
+        The layer is an Int8Linear or Int4Linear with those bits. Raises ValueError naming the option.
         """
         check_weight(linear.weight)
         packed = pack_weight(linear.weight.detach(), bits, group_size, symmetric, observer, per)
-        layer = LINEAR[bits](packed, linear.bias, activations, x_scale, x_zero_point)
+        layer = linear_class(bits)(packed, linear.bias, activations, x_scale, x_zero_point)
         return layer.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,4 +98,5 @@ class Int4Linear(IntLinear):
         return IntLinear.from_linear(linear, 4, *options)
 
 
-LINEAR: dict[int, type[IntLinear]] = {8: Int8Linear, 4: Int4Linear}
+def linear_class(code_bits: int) -> type[IntLinear]:
+    return {8: Int8Linear, 4: Int4Linear}.get(code_bits, IntLinear)

@@ -210,9 +210,7 @@ def twin_of(layer: nn.Module) -> nn.Module:
     return twin
 
 
-def add_noise_(
-    layer: nn.Module, noise: Noise, activation_noise: ActivationNoise | None = None
-) -> None:
+def add_noise_(layer: nn.Module, noise: Noise, activation_noise: ActivationNoise | None = None) -> None:
     """Turn a plain layer into its noisy class, in place; the noise of a noisy layer is replaced."""
     if not isinstance(layer, NoisyLayer):
         layer.__class__ = NOISY[type(layer)]

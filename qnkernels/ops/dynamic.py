@@ -127,7 +127,9 @@ class _LowPrecisionLinear(torch.autograd.Function):
     """F.linear of quantized x and weight; its gradient is quantized before anything is computed from it."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, quantized_x, quantized_weight, scale, zero_point, bits, grad_bits, seed):
+    def forward(
+        ctx, x, weight, bias, quantized_x, quantized_weight, scale, zero_point, bits, grad_bits, seed
+    ):
         outside = None if scale is None else x  # where it lies outside the range, it gets no gradient
         quantizer = scale, zero_point, bits
         ctx.save_for_backward(outside, quantized_x, quantized_weight, *quantizer, grad_bits, seed)
@@ -158,8 +160,8 @@ class _LowPrecisionLinear(torch.autograd.Function):
 
 def low_precision_linear(x, weight, bias, quantized_x, quantized_weight, quantizer, grad_bits, seed):
     # a copy of the bits, so that the precision may change between this forward and its backward
-    scale, zero_point, bits = (None, None, None) if quantizer is None else (*quantizer[:2], quantizer[2].clone())
-    quantized = quantized_x, quantized_weight
-    return _LowPrecisionLinear.apply(
-        x, weight, bias, *quantized, scale, zero_point, bits, grad_bits, seed
+    scale, zero_point, bits = (
+        (None, None, None) if quantizer is None else (*quantizer[:2], quantizer[2].clone())
     )
+    quantized = quantized_x, quantized_weight
+    return _LowPrecisionLinear.apply(x, weight, bias, *quantized, scale, zero_point, bits, grad_bits, seed)

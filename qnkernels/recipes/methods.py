@@ -16,7 +16,13 @@ from torch import nn
 from ..calibrate import calibrate
 from ..ipq import IPQ
 from ..product import ProductNoiseConfig
-from ..ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8StaticConfig, Int8WeightOnlyConfig
+from ..ptq import (
+    Int4WeightOnlyConfig,
+    Int8DynamicConfig,
+    Int8StaticConfig,
+    Int8WeightOnlyConfig,
+    IntWeightOnlyConfig,
+)
 from ..scalar import ScalarNoiseConfig
 from .training import windows
 from .transformer import LanguageModel
@@ -86,7 +92,7 @@ class Variant:
             REST: ProductNoiseConfig(BLOCK_SIZE, self.p, n_centroids=CENTROIDS["*"], **options),
         }
 
-    def export(self) -> Int8WeightOnlyConfig | None:
+    def export(self) -> IntWeightOnlyConfig | None:
         """What the layers are stored as; None for full precision and for those that go through `stages`."""
         if self.precision not in EXPORTS:
             return None

@@ -1,4 +1,4 @@
-"""Layers over packed 8-bit and 4-bit weights."""
+"""Layers over weights in codes of 2 to 8 bits."""
 
 import math
 from dataclasses import dataclass
@@ -7,21 +7,35 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..bitstream import pack_bits, unpack_bits
 from ..nn.input_range import check_input_quantizer
 from ..nn.int_conv2d import IntConv2d
 from ..nn.int_embedding import IntEmbedding, check_embedding
-from ..nn.int_linear import LINEAR
+from ..nn.int_linear import linear_class
 from ..nn.noisy import NoisyConv2d, NoisyEmbedding, NoisyLinear
-from ..nn.packed import PackedLayer, PackedWeight
+from ..nn.packed import (
+    MAX_CODE_BITS,
+    MIN_CODE_BITS,
+    PackedLayer,
+    PackedWeight,
+    code_offset,
+    container_bits,
+)
 from ..nn.packed_product import ACTIVATIONS
 from ..ops.checks import fail
 from ..ops.int_linear import BITS
-from .base import DTYPES, LayerSpec, Tensors, dtype_name
+from ..reference.int_linear import pack, unpack
+from .base import DTYPES, LayerSpec, Tensors, dtype_name, is_integer
 
 
 @dataclass(frozen=True)
 class PackedSpec(LayerSpec):
-    """IntLinear, IntEmbedding or IntConv2d. activations: of PackedProduct; files without it have "float"."""
+    """IntLinear, IntEmbedding or IntConv2d.
+
+    bits: of a code in the file. 8-bit and 4-bit codes are stored as the kernels read them, row by row; codes
+    of other widths, which take more bits in memory, as one stream, low bits first. activations: of
+    PackedProduct; files without it have "float".
+    """
 
     bits: int
     group_size: int | None
@@ -40,7 +54,7 @@ class PackedSpec(LayerSpec):
         shape = layer.filter_shape if conv else (layer.weight_packed.shape[0], layer.packed.columns)
         return cls(
             type="IntEmbedding" if embedding else "IntConv2d" if conv else "IntLinear",
-            bits=layer.bits,
+            bits=layer.code_bits,
             shape=list(shape),
             group_size=layer.group_size,
             symmetric=layer.symmetric,
@@ -54,11 +68,15 @@ class PackedSpec(LayerSpec):
     def columns(self) -> int:
         return math.prod(self.shape[1:])
 
+    @property
+    def is_stream(self) -> bool:
+        return self.bits not in BITS
+
     def _check_fields(self) -> None:
-        if type(self.bits) is not int or self.bits not in BITS:
-            fail("bits", f"one of {BITS}", repr(self.bits))
+        if not is_integer(self.bits, MIN_CODE_BITS, MAX_CODE_BITS):
+            fail("bits", f"an integer in [{MIN_CODE_BITS}, {MAX_CODE_BITS}]", repr(self.bits))
         columns, size = self.columns, self.group_size
-        if columns * self.bits % 8:
+        if columns * container_bits(self.bits) % 8:
             fail("shape", f"an even number of columns for {self.bits}-bit codes", self.shape)
         if size is not None and (type(size) is not int or size < 1 or columns % size):
             fail("group_size", f"null or a divisor of {columns}", repr(size))
@@ -78,11 +96,32 @@ class PackedSpec(LayerSpec):
             "weight_packed": (torch.uint8, (rows, columns * self.bits // 8)),
             "scale": (torch.float32, (rows, groups)),
         }
+        if self.is_stream:
+            parts["weight_packed"] = (torch.uint8, (-(-rows * columns * self.bits // 8),))
         if not self.symmetric:
             parts["zero_point"] = (torch.uint8, (rows, groups))
         if self.activations == "static":
             parts |= {"x_scale": (torch.float32, ()), "x_zero_point": (torch.float32, ())}
         return parts
+
+    def form(self, part: str) -> tuple:
+        if part != "weight_packed" or not self.is_stream:
+            return ()
+        return (self.shape[0], self.columns, self.bits, self.symmetric)
+
+    def encode(self, part: str, layer: PackedLayer) -> torch.Tensor:
+        if part != "weight_packed" or not self.is_stream:
+            return layer.get_buffer(part)
+        layer.packed.check_codes()
+        codes = unpack(layer.weight_packed.cpu(), layer.bits) - code_offset(self.bits, self.symmetric)
+        return pack_bits(codes.view(-1), self.bits)
+
+    def decode(self, part: str, tensors: Tensors) -> torch.Tensor:
+        if part != "weight_packed" or not self.is_stream:
+            return tensors[part]
+        rows, columns = self.shape[0], self.columns
+        codes = unpack_bits(tensors[part], rows * columns, self.bits, torch.uint8).view(rows, columns)
+        return pack(codes + code_offset(self.bits, self.symmetric), container_bits(self.bits))
 
     def check_values(self, tensors: Tensors) -> None:
         scale, zero_point = tensors["scale"], tensors.get("zero_point")
@@ -101,4 +140,4 @@ class PackedSpec(LayerSpec):
         activations = (self.activations, tensors.get("x_scale"), tensors.get("x_zero_point"))
         if self.type == "IntConv2d":
             return IntConv2d(packed, layer, *activations)
-        return LINEAR[self.bits](packed, layer.bias, *activations)
+        return linear_class(self.bits)(packed, layer.bias, *activations)

@@ -150,7 +150,7 @@ def test_deepcopy_and_state_dict_and_repr():
 @pytest.mark.parametrize(
     ("linear", "options", "message"),
     [
-        (nn.Linear(8, 2), {"bits": 3}, r"bits: expected one of \(4, 8\), got 3"),
+        (nn.Linear(8, 2), {"bits": 9}, r"bits: expected an integer in \[2, 8\], got 9"),
         (nn.Linear(7, 2), {"bits": 4}, r"weight: expected an even number of columns .*, got shape \(2, 7\)"),
         (
             nn.Linear(8, 2),

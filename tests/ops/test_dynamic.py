@@ -23,7 +23,9 @@ def test_cpu_equals_reference(shape, dtype):
     ):
         x = (torch.randn(shape, generator=generator) * 3 + 0.5).to(dtype)
         arguments = (x, integer(bits), random_seed(generator), per_sample, stochastic, out_dtype)
-        actual, expected = (kernels(name)["dynamic_fake_quantize"](*arguments) for name in ("cpu", "reference"))
+        actual, expected = (
+            kernels(name)["dynamic_fake_quantize"](*arguments) for name in ("cpu", "reference")
+        )
         assert_identical(actual, expected)
 
 
@@ -38,7 +40,9 @@ def test_not_finite_and_extreme_values_equal_the_reference(stochastic):
     x[10] = x[10].abs()
     for per_sample in (True, False):
         arguments = (x, integer(4), integer(9), per_sample, stochastic)
-        actual, expected = (kernels(name)["dynamic_fake_quantize"](*arguments) for name in ("cpu", "reference"))
+        actual, expected = (
+            kernels(name)["dynamic_fake_quantize"](*arguments) for name in ("cpu", "reference")
+        )
         assert_identical(actual, expected)
     y = F.dynamic_fake_quantize(x, 4, per_sample=True, stochastic=stochastic, seed=9)
     assert y[4].eq(0).all()  # all zeros: the range has no width
@@ -66,7 +70,10 @@ def test_random_rounding_is_right_on_average():
     x[0, 0], x[0, 256] = 0.0, 1.0
     repeats, step = 4000, 1 / 15
     samples = torch.stack(
-        [F.dynamic_fake_quantize(x, 4, stochastic=True, seed=random_seed(generator))[0] for _ in range(repeats)]
+        [
+            F.dynamic_fake_quantize(x, 4, stochastic=True, seed=random_seed(generator))[0]
+            for _ in range(repeats)
+        ]
     ).double()
     distance = (samples - x.double()).abs()
     assert (distance < step * (1 + 1e-5)).all()
@@ -260,7 +267,9 @@ def test_compiles_without_a_graph_break():
         assert_identical(actual, expected)
         for one, other in zip(after, (low, high, step), strict=True):
             assert_identical(one, other)
-        for one, other in zip(*(torch.autograd.grad(y.sum(), (x, weight)) for y in (actual, expected)), strict=True):
+        for one, other in zip(
+            *(torch.autograd.grad(y.sum(), (x, weight)) for y in (actual, expected)), strict=True
+        ):
             assert_identical(one, other)
     assert count == 1
 

@@ -261,7 +261,7 @@ def test_variants_say_how_they_are_trained_and_stored(variant: Variant) -> None:
             assert noise.block_size == BLOCK_SIZE
             assert noise.kind == {"QAT": "centroid", "Quant-Noise": "zero"}[variant.method]
         else:
-            assert noise.bits == BITS[variant.precision] == export.BITS
+            assert noise.bits == BITS[variant.precision] == export.bits
             assert noise.p == {"QAT": 1.0, "Quant-Noise": 0.5}[variant.method]
             assert noise.per == export.per
 

@@ -18,7 +18,9 @@ SAMPLE, SAMPLE_WARPS = 8192, 8
 
 
 @triton.jit
-def _at_levels(x, scale, zero_point, top, first_call, seed_ptr, STOCHASTIC: tl.constexpr, CALLS: tl.constexpr):
+def _at_levels(
+    x, scale, zero_point, top, first_call, seed_ptr, STOCHASTIC: tl.constexpr, CALLS: tl.constexpr
+):
     """x fp32 [CALLS, 8], from element 8 * first_call on, at the levels of the quantizer.
 
     Stochastic: t = x / s + z rounded down, and up by one where (draw + 0.5) / 2^16 < t - floor(t).

@@ -10,7 +10,19 @@ from qnkernels import functional as F
 from qnkernels.backends import kernels
 
 # one element, no multiple of 8, a tile with and without room for the start, kept in registers and not
-SHAPES = ((1,), (7,), (3, 5), (5, 57), (4, 64), (33, 40), (3, 9, 7), (2, 8185), (2, 8186), (3, 8200), (1, 17_000))
+SHAPES = (
+    (1,),
+    (7,),
+    (3, 5),
+    (5, 57),
+    (4, 64),
+    (33, 40),
+    (3, 9, 7),
+    (2, 8185),
+    (2, 8186),
+    (3, 8200),
+    (1, 17_000),
+)
 
 
 def same(op, *arguments):

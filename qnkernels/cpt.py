@@ -25,8 +25,8 @@ def bit_operations(bits: int, grad_bits: int) -> float:
 
 @dataclass(frozen=True)
 class BitOperations:
-    """Bit operations of training, in those of one step at 1 bit: `total`, and that of other precisions over as
-    many steps: all in `full` precision (32 bits), or `static` at the highest of the cycle.
+    """Bit operations of training, in those of one step at 1 bit: `total`, and what as many steps would take in
+    `full` precision (32 bits) or at the highest of the cycle (`static`).
     """
 
     total: float
@@ -46,8 +46,8 @@ class CyclicPrecision:
     """A schedule of precisions for the layers of a model, which are made to train in low precision.
 
     Within each of `cycles` cycles of T = total_steps // cycles steps the precision of weights and inputs
-    climbs from min_bits to max_bits and starts anew: bits(t) = round(min + (max - min)(1 - cos(pi t / T)) / 2)
-    (shape "cosine"). "triangular" climbs evenly for half of the cycle and comes down again; "step" spends the
+    climbs from min_bits to max_bits and starts anew (shape "cosine"):
+    bits(t) = round(min + (max - min)(1 - cos(pi t / T)) / 2). "triangular" climbs evenly for half of the cycle and comes down again; "step" spends the
     first half at min_bits and the second at max_bits. With min_bits = max_bits the precision is constant.
     Gradients keep grad_bits (max_bits by default; 32 leaves them as they are).
 

@@ -13,11 +13,11 @@ from .nn.precision import check_precision_options
 
 @dataclass(frozen=True)
 class CyclicPrecisionConfig:
-    """nn.Linear, nn.Embedding and nn.Conv2d train in low precision: weights, inputs and gradients are quantized.
+    """nn.Linear, nn.Embedding and nn.Conv2d train with quantized weights, inputs and gradients.
 
     bits: of weights and inputs, 2 to 16, until a CyclicPrecision changes it. grad_bits: of gradients, 2 to
     16, or 32 for gradients as they are. input_range: "moving" average, each "sample" by itself, or None for
-    inputs as they are. per: one range per weight, "tensor", or output "channel". momentum: of moving averages.
+    inputs as they are. per: one range per weight, "tensor", or output "channel". momentum: of the average.
     Raises ValueError naming the field.
     """
 

@@ -36,7 +36,7 @@ def fake_quantize() -> Calls:
 
 
 def dynamic() -> Calls:
-    """Samples of every register count, and larger ones, aligned and not; all pairs of dtypes; random or not."""
+    """Samples of every register count, and larger ones, aligned and not; dtypes; random or not."""
     shapes = ((64, 1), (64, 100), (64, 1024), (64, 8000), (3, 9001), (3, 16384), (1 << 20,))
     for shape, stochastic in product(shapes, (False, True)):
         for dtype, other in ((F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)):

@@ -1,6 +1,6 @@
 """Weight, input and gradient of a layer at a precision that changes while it trains.
 
-Its state lives in non-persistent buffers, so a layer that trains like this has the state_dict of the plain one.
+Its state lives in non-persistent buffers, so such a layer has the state_dict of the plain one.
 """
 
 import torch
@@ -69,16 +69,16 @@ class MovingInput(ActivationNoise):
 
 
 class TrainingPrecision(nn.Module):
-    """Low-precision training of a layer with a weight [out, ...] (cyclic precision, arXiv 2101.09868, section 3).
+    """Low-precision training of a layer with a weight [out, ...] (arXiv 2101.09868, section 3).
 
     In each forward the whole weight is fake-quantized, to the range it has, and the input too; in each
     backward the gradient of the output is, over the range of each sample (index of its first dimension) and
-    with stochastic rounding, before anything is computed from it. In eval weight and input are quantized alike.
+    with stochastic rounding, before anything is computed from it. In eval weight and input are quantized, too.
 
     bits: of weight and input, 2 to 16; `set_bits` changes it at any time, without recompilation. grad_bits:
-    constant, 2 to 16, or 32 for gradients as they are. input_range: "moving", an average moved by `momentum` in
-    each training forward, "sample", that of each sample, or None for an input that is not quantized. per: one
-    range for the weight, "tensor", or one for each output "channel" (embedding row).
+    constant, 2 to 16, or 32 for gradients as they are. input_range: "moving", an average moved by `momentum`
+    in each training forward, "sample", that of each sample, or None for an input that is not quantized. per:
+    one range for the weight, "tensor", or one for each output "channel" (embedding row).
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class TrainingPrecision(nn.Module):
         return functional.dynamic_fake_quantize(x, self.bits, per_sample=True)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """F.linear(input(x), forward(weight), bias) in the dtype of x, with the gradient of the output quantized."""
+        """F.linear(input(x), forward(weight), bias) in the dtype of x; its gradient is quantized."""
         quantizer, quantized_x = None, x.detach()
         if self.moving is not None and x.numel():
             quantized_x, quantizer = self.moving.quantized(x)

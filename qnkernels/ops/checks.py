@@ -83,8 +83,8 @@ def like_rows(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def own(y: torch.Tensor) -> torch.Tensor:
     """y as a tensor of its own over the same memory, for an autograd function to return.
 
-    F.linear gives a view where x has other than two dimensions, and of a view that an autograd function returns
-    autograd allows no in-place use. Compilers keep no such account.
+    F.linear gives a view where x has other than two dimensions, and of a view that an autograd function
+    returns autograd allows no in-place use. Compilers keep no such account.
     """
     return y if torch.compiler.is_compiling() else y.data
 

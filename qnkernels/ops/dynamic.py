@@ -1,4 +1,4 @@
-"""Fake quantization over the range of the data itself, or a moving average of it; gradients quantized, too."""
+"""Fake quantization over the range of the data itself, or a moving average of it; of gradients, too."""
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,8 @@ def _fake_moving(x, low, high, step, bits, momentum, axis=None, group_size=None,
 
 @op(
     "moving_fake_quantize_(Tensor x, Tensor(a!) low, Tensor(b!) high, Tensor(c!) step, Tensor bits, "
-    "float momentum, int? axis=None, int? group_size=None, ScalarType? dtype=None) -> (Tensor, Tensor, Tensor)",
+    "float momentum, int? axis=None, int? group_size=None, ScalarType? dtype=None) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_moving,
 )
 def moving_fake_quantize_(x, low, high, step, bits, momentum, axis=None, group_size=None, dtype=None):
@@ -79,7 +80,7 @@ def moving_fake_quantize_(x, low, high, step, bits, momentum, axis=None, group_s
 
 
 class _StraightThrough(torch.autograd.Function):
-    """y, the quantized x, as a function of x: the gradient passes where x lies in the range of the quantizer."""
+    """y, the quantized x, as a function of x: the gradient passes where x lies in the range."""
 
     @staticmethod
     def forward(ctx, x, y, scale, zero_point, bits, axis, group_size):

@@ -1,4 +1,4 @@
-"""Layers that train in low precision: what a forward and backward compute, and that they stay drop-in layers."""
+"""Layers that train in low precision: what a forward and backward compute, and that they are drop-in."""
 
 import copy
 

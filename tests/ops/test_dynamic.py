@@ -1,4 +1,4 @@
-"""dynamic_fake_quantize and moving_fake_quantize_: formula, exactness, stochastic rounding, gradients, bad input."""
+"""Fake quantization over ranges that follow the data: formula, exactness, random rounding, gradients."""
 
 import pytest
 import torch
@@ -129,7 +129,7 @@ def test_moving_range_equals_reference(shape, dtype):
     generator = torch.Generator().manual_seed(sum(shape) + 1)
     for axis, group_size in layouts(shape):
         x = torch.randn(shape, generator=generator).to(dtype)
-        low, high = F.minmax(x, axis, group_size)
+        low, _ = F.minmax(x, axis, group_size)
         states = {name: (low * 0, low * 0, integer(0)) for name in ("cpu", "reference")}
         for bits, out_dtype in ((4, dtype), (8, torch.float32), (16, torch.bfloat16)):
             x = torch.randn(shape, generator=generator).to(dtype)
@@ -278,11 +278,11 @@ def test_bad_input():
     x, ok = torch.randn(3, 4), (torch.zeros(()), torch.zeros(()), integer(0))
     with pytest.raises(ValueError, match=r"bits: expected an integer in \[2, 16\], got 1"):
         F.dynamic_fake_quantize(x, 1)
-    with pytest.raises(TypeError, match="x: expected float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(TypeError, match="x: expected float32, bfloat16 or float16"):
         F.dynamic_fake_quantize(x.double())
     with pytest.raises(ValueError, match="x: expected a dimension of samples"):
         F.dynamic_fake_quantize(torch.tensor(1.0), per_sample=True)
-    with pytest.raises(TypeError, match="dtype: expected float32, bfloat16 or float16, got torch.int8"):
+    with pytest.raises(TypeError, match="dtype: expected float32, bfloat16 or float16"):
         F.dynamic_fake_quantize(x, dtype=torch.int8)
     for momentum in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"momentum: expected a rate in \(0, 1\]"):
@@ -291,7 +291,7 @@ def test_bad_input():
         F.moving_fake_quantize(x, *ok, axis=0)
     with pytest.raises(ValueError, match="x: expected at least one element"):
         F.moving_fake_quantize(x[:0], *ok)
-    with pytest.raises(TypeError, match="expected that of quantized_weight, torch.bfloat16"):
+    with pytest.raises(TypeError, match="expected that of quantized_weight"):
         F.low_precision_linear(x, x, None, x, x.bfloat16())
     for name in ("cpu", "reference"):
         with qnk.backend(name), pytest.raises(ValueError, match="bits"):

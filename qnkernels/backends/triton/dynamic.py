@@ -1,4 +1,4 @@
-"""Fake quantization over the range of each sample, or a moving average; to the nearest level or a random one."""
+"""Fake quantization over the range of each sample, or a moving average, to the nearest or a random level."""
 
 import torch
 import triton
@@ -13,7 +13,7 @@ from .parameters import quantization_parameters
 from .philox import draws
 from .range import update_range_
 
-# Elements of a sample that one program keeps in registers, 32 per thread, between taking the range and using it.
+# Elements of a sample that one program keeps in registers, 32 per thread, while it takes their range.
 SAMPLE, SAMPLE_WARPS = 8192, 8
 
 
@@ -43,7 +43,8 @@ def sample_fake_quantize_kernel(
 ):
     """y[i] = (code(x[i] / s + z) - z) * s over the range of x[i], widened to hold 0; a program per sample.
 
-    x, y [samples, inner], BLOCK >= inner + 7: tiles start where a Philox call does. Floor: bytes of x + bytes of y.
+    x, y [samples, inner], BLOCK >= inner + 7: tiles start where a Philox call does.
+    Floor: bytes of x + bytes of y.
     """
     start = tl.program_id(0).to(tl.int64) * inner
     first = start // 8 * 8
@@ -123,7 +124,7 @@ def random_fake_quantize_kernel(
 def dynamic_fake_quantize(x, bits, seed, per_sample, stochastic, dtype=None):
     """Signature of reference.dynamic.dynamic_fake_quantize; x contiguous and not empty.
 
-    A sample of up to SAMPLE elements is read once; larger ones twice, by one kernel for the range and another.
+    A sample of up to SAMPLE elements is read once; larger ones twice, by a kernel for the range and another.
     """
     samples, n, dtype = len(x) if per_sample else 1, x.numel(), dtype or x.dtype
     inner = n // samples

@@ -26,7 +26,7 @@ def philox(c0, c1, k0, k1):
 
 @triton.jit
 def draws(first_call, seed_ptr, CALLS: tl.constexpr):
-    """uint32 [CALLS, 8] in [0, 2^16): the draws of 8 * CALLS elements from 8 * first_call on; seed int64 []."""
+    """uint32 [CALLS, 8] in [0, 2^16): draws of 8 * CALLS elements from 8 * first_call on; seed int64 []."""
     counter = first_call.to(tl.int64) + tl.arange(0, CALLS)
     seed = tl.load(seed_ptr)
     w0, w1, w2, w3 = philox(

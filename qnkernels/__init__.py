@@ -20,6 +20,7 @@ from .ptq import (
     IntWeightOnlyConfig,
 )
 from .quantize import quantize_, remove_noise_
+from .range_test import RangeTest, precision_range_test
 from .scalar import ScalarNoiseConfig
 from .sensitivity import Sensitivity, sensitivity
 
@@ -41,6 +42,7 @@ __all__ = [
     "MixedPrecisionConfig",
     "PQConfig",
     "ProductNoiseConfig",
+    "RangeTest",
     "ScalarNoiseConfig",
     "Sensitivity",
     "Stage",
@@ -52,6 +54,7 @@ __all__ = [
     "kmeans",
     "load_compressed",
     "nn",
+    "precision_range_test",
     "quantize_",
     "remove_noise_",
     "save_compressed",

@@ -25,7 +25,7 @@ def bit_operations(bits: int, grad_bits: int) -> float:
 
 @dataclass(frozen=True)
 class BitOperations:
-    """Bit operations of training, in those of one step at 1 bit: `total`, and what as many steps would take in
+    """Bit operations of training, in those of one step at 1 bit: `total`, and what as many steps take in
     `full` precision (32 bits) or at the highest of the cycle (`static`).
     """
 
@@ -46,9 +46,10 @@ class CyclicPrecision:
     """A schedule of precisions for the layers of a model, which are made to train in low precision.
 
     Within each of `cycles` cycles of T = total_steps // cycles steps the precision of weights and inputs
-    climbs from min_bits to max_bits and starts anew (shape "cosine"):
-    bits(t) = round(min + (max - min)(1 - cos(pi t / T)) / 2). "triangular" climbs evenly for half of the cycle and comes down again; "step" spends the
-    first half at min_bits and the second at max_bits. With min_bits = max_bits the precision is constant.
+    climbs from min_bits to max_bits and starts anew: the one of step t is
+    round(min_bits + (max_bits - min_bits) * (1 - cos(pi * (t % T) / T)) / 2) with shape "cosine".
+    "triangular" climbs evenly for half of the cycle and comes down again; "step" spends the first half at
+    min_bits and the second at max_bits. With min_bits = max_bits the precision is constant.
     Gradients keep grad_bits (max_bits by default; 32 leaves them as they are).
 
     Turns the layers that `filter_fn(module, name)` is true for, as `quantize_` with a CyclicPrecisionConfig

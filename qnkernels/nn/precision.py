@@ -73,7 +73,7 @@ class TrainingPrecision(nn.Module):
 
     In each forward the whole weight is fake-quantized, to the range it has, and the input too; in each
     backward the gradient of the output is, over the range of each sample (index of its first dimension) and
-    with stochastic rounding, before anything is computed from it. In eval weight and input are quantized, too.
+    with stochastic rounding, before anything is computed from it. Eval quantizes weight and input as well.
 
     bits: of weight and input, 2 to 16; `set_bits` changes it at any time, without recompilation. grad_bits:
     constant, 2 to 16, or 32 for gradients as they are. input_range: "moving", an average moved by `momentum`

@@ -1,4 +1,4 @@
-"""The precision range test: the lowest precision that a model can learn at (arXiv 2101.09868, section 3.3)."""
+"""The precision range test: the lowest precision that a model learns at (arXiv 2101.09868, section 3.3)."""
 
 import math
 from collections.abc import Callable, Sequence

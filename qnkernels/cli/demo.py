@@ -15,13 +15,14 @@ from rich.progress import (
 from rich.table import Table
 
 from ..recipes import demo as recipe
+from ..recipes.laboratory import PRESETS
 from ..recipes.methods import FP32, NAMES
 from ..recipes.results import Results, Row
 from .console import clear_errors, err, out, print_json
 
 
 def demo(
-    preset: Annotated[str, typer.Option(help=f"Size of the model: {', '.join(recipe.PRESETS)}.")] = "small",
+    preset: Annotated[str, typer.Option(help=f"Size of the model: {', '.join(PRESETS)}.")] = "small",
     steps: Annotated[
         int | None, typer.Option(help="Training steps of each run; default: the preset's.")
     ] = None,

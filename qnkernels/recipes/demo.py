@@ -1,9 +1,7 @@
 """The demo: Quant-Noise against its alternatives on a small language model of real text."""
 
 import copy
-import json
 import platform
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +13,8 @@ from .. import __version__
 from ..backends import serving
 from ..checkpoint import load_compressed, save_compressed
 from ..quantize import quantize_, remove_noise_
-from .files import make_folder, write_text
+from .files import make_folder
+from .laboratory import Laboratory, check_choice, noised_
 from .methods import (
     BLOCK_SIZE,
     CALIBRATION_WINDOWS,
@@ -33,41 +32,12 @@ from .methods import (
 )
 from .plot import draw
 from .results import Finetuning, Results, Row
-from .text import Text, TextError, load, standard_library
-from .tokens import Tokenizer
-from .training import Trainer, interleaved_seconds, keep_freed_memory, perplexity, precision, windows
-from .transformer import LanguageModel, Shape, generate
+from .training import Trainer, interleaved_seconds, precision, windows
+from .transformer import LanguageModel, generate
 
 TIMING_SECONDS = 8.0  # for the training steps of all methods together, where a step is short
-FINETUNING_SEED = 1 << 40  # finetuning sees other windows of the text than training
 PROMPT, GENERATED, GENERATING_SECONDS = 16, 32, 1.5  # tokens, tokens, for each compressed model
-CHECKPOINTS, PICTURE, RESULTS, TOKENIZER = "checkpoints", "perplexity.png", "results.json", "tokenizer.json"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model and its training. batch: windows per step; rate: peak learning rate; validation: tokens.
-
-    finetuning: steps after each stage of product quantization, as a part of `steps`; its peak learning rate
-    is `finetuning_rate`.
-    """
-
-    shape: Shape
-    batch: int
-    steps: int
-    rate: float
-    validation: int
-    finetuning: float = 0.1
-    finetuning_rate: float = 1e-2
-
-
-PRESETS = {
-    "tiny": Preset(Shape(vocabulary=512, width=64, layers=2, heads=2, context=64), 16, 300, 4e-3, 16_384),
-    "small": Preset(Shape(vocabulary=768, width=64, layers=2, heads=2, context=64), 16, 3000, 4e-3, 131_072),
-    "base": Preset(
-        Shape(vocabulary=4096, width=512, layers=8, heads=8, context=256), 32, 5000, 1e-3, 262_144
-    ),
-}
+CHECKPOINTS, PICTURE, RESULTS = "checkpoints", "perplexity.png", "results.json"
 
 
 @dataclass(frozen=True)
@@ -88,19 +58,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         chosen(self.methods)
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        check_choice(self.preset, self.steps, self.device)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer in [0, 2^63), got {self.seed}")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"device: expected cpu or a GPU that is there, got {self.device!r} ({reason})"
-            ) from error
 
 
 class Listener(Protocol):
@@ -145,32 +105,16 @@ def run(settings: Settings, listener: Listener) -> Results:
     return results
 
 
-class _Demo:
-    """What all trainings share: settings, device, text and the list of results."""
+class _Demo(Laboratory):
+    """The trainings of one seed, one after the other, and the list of results."""
 
     def __init__(self, settings: Settings, listener: Listener) -> None:
-        keep_freed_memory()
-        self.settings, self.listener = settings, listener
-        self.preset, self.plan = PRESETS[settings.preset], chosen(settings.methods)
-        self.steps = settings.steps or self.preset.steps
-        self.finetuning_steps = max(1, round(self.preset.finetuning * self.steps))
-        self.device = torch.device(settings.device)
-        self.stage, self.started = "before the first training", 0
         listener.said("reading and tokenizing the text")
-        text = load(settings.data or standard_library())
-        self.tokenizer = Tokenizer.learn(text.train, self.preset.shape.vocabulary)
-        write_text(settings.out / TOKENIZER, json.dumps({"merges": self.tokenizer.merges}))
-        self.train_tokens = self._encode("training", text.train, text.train_files)
-        self.validation_tokens = self._encode("validation", text.validation, text.validation_files)
-        self.results = Results(self._settings(), self._environment(), self._text(text))
-
-    def _encode(self, role: str, text: str, files: tuple[str, ...]) -> torch.Tensor:
-        tokens = self.tokenizer.encode(text)
-        least = self.preset.shape.context + 2
-        if len(tokens) < least:
-            source = files[0] if len(files) == 1 else f"{len(files)} files from {files[0]} on"
-            raise TextError(f"{source}: {len(tokens)} tokens of {role} text, at least {least} are needed")
-        return tokens.to(self.device)
+        super().__init__(settings.out, settings.preset, settings.steps, settings.device, settings.data)
+        self.settings, self.listener = settings, listener
+        self.plan = chosen(settings.methods)
+        self.stage, self.started = "before the first training", 0
+        self.results = Results(self._settings(), self._environment(), self._text())
 
     def seconds_per_step(self) -> dict[str, float]:
         """Median seconds of a step of each training, by label, and of each finetuning, by precision, all in
@@ -182,7 +126,7 @@ class _Demo:
         for variant in {variant.precision: variant for variant in self._products()}.values():
             model = LanguageModel(self.preset.shape).to(self.device)
             *_, last = stages(model, variant.precision, self.settings.seed)
-            jobs[variant.precision] = self._finetuner(model, last.number).train_step
+            jobs[variant.precision] = self.finetuner(model, self.settings.seed, last.number).train_step
         return interleaved_seconds(jobs, TIMING_SECONDS, self.device)
 
     def train(self, variant: Variant) -> LanguageModel:
@@ -223,7 +167,7 @@ class _Demo:
             method=variant.method,
             precision=variant.precision,
             p=variant.p,
-            perplexity=self._perplexity(loaded),
+            perplexity=self.perplexity(loaded),
             bytes=path.stat().st_size,
             training_seconds=step,
             training_ratio=step / steps[FULL.label],
@@ -242,19 +186,11 @@ class _Demo:
         untuned = copy.deepcopy(model)
         for _ in stages(untuned, variant.precision, self.settings.seed):
             pass
-        loop = stages(model, variant.precision, self.settings.seed)
-        steps, report = self.finetuning_steps, self.listener.stepped
-        self._start("finetuning", variant.label, steps * len(loop))
-        done = []
-        for stage in loop:
-            before = steps * (stage.number - 1)
-            trainer = self._finetuner(model, stage.number)
-            trainer.run(lambda step, loss, before=before: report(before + step, loss))
-            errors = {layer.name: layer.error for layer in stage.layers}
-            done.append({"pattern": stage.pattern, "bytes": stage.size, "relative_errors": errors})
-        model.eval()
+        steps = self.finetuning_steps
+        self._start("finetuning", variant.label, steps * len(STAGES))
+        done = self.product_quantize(model, variant.precision, self.settings.seed, self.listener.stepped)
         second = seconds[variant.precision]
-        return Finetuning(done, steps, second, second / seconds[FULL.label], self._perplexity(untuned))
+        return Finetuning(done, steps, second, second / seconds[FULL.label], self.perplexity(untuned))
 
     def _products(self) -> list[Variant]:
         return [v for _, variants in self.plan for v in variants if v.precision in PRODUCTS]
@@ -266,23 +202,10 @@ class _Demo:
         name = label if kind == "training" else f"tuning {label}"
         self.listener.started(name, self.started, len(self.plan) + len(self._products()), steps)
 
-    def _perplexity(self, model: LanguageModel) -> float:
-        return perplexity(model, self.validation_tokens, self.preset.validation, self.preset.batch)
-
     def _trainer(self, variant: Variant) -> Trainer:
         """A new model with the initial weights of the seed, in a trainer with the windows of the seed."""
-        torch.manual_seed(self.settings.seed)
-        model = LanguageModel(self.preset.shape).to(self.device)
-        for pattern, noise in variant.noise().items():
-            quantize_(model, noise, lambda _, name, pattern=pattern: re.search(pattern, name) is not None)
-        preset, seed = self.preset, self.settings.seed
-        return Trainer(model, self.train_tokens, preset.batch, self.steps, preset.rate, seed)
-
-    def _finetuner(self, model: LanguageModel, stage: int) -> Trainer:
-        """A trainer of a model that is partly quantized, with the windows of the seed and stage."""
-        preset, seed = self.preset, self.settings.seed ^ FINETUNING_SEED * stage
-        options = (preset.batch, self.finetuning_steps, preset.finetuning_rate, seed)
-        return Trainer(model, self.train_tokens, *options, weight_decay=0.0)
+        seed = self.settings.seed
+        return self.trainer(noised_(self.new_model(seed), variant), seed)
 
     @torch.no_grad()
     def _check_same(self, exported: LanguageModel, loaded: LanguageModel, path: Path) -> None:
@@ -309,7 +232,8 @@ class _Demo:
             "noise_backend": serving("fake_quantize", self.device.type),
         }
 
-    def _text(self, text: Text) -> dict:
+    def _text(self) -> dict:
+        text = self.text
         return {
             "source": "--data" if self.settings.data else "source of the Python standard library",
             "sha256": text.digest,

@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .demo import RESULTS, TOKENIZER
+from .demo import RESULTS
+from .laboratory import TOKENIZER
 from .tokens import Tokenizer
 from .transformer import Shape
 

@@ -62,7 +62,7 @@ class Trainer:
     """AdamW with warm-up and a cosine schedule on random windows of the text.
 
     Windows and schedule follow from `seed` and `steps` alone, so that all methods see the same data in
-    the same order.
+    the same order. `each_step` is called after each step.
     """
 
     def __init__(
@@ -74,7 +74,9 @@ class Trainer:
         rate: float,
         seed: int,
         weight_decay: float = WEIGHT_DECAY,
+        each_step: Callable[[], None] = lambda: None,
     ) -> None:
+        self.each_step = each_step
         self.model, self.tokens, self.steps, self.rate = model, tokens, steps, rate
         self.step = 0
         self.window = model.shape.context + 1
@@ -108,6 +110,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        self.each_step()
         return loss.detach()
 
     def run(self, report: Callable[[int, float], None]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qnkernels.cli import app
-from qnkernels.recipes import demo
+from qnkernels.recipes import demo, laboratory
 from qnkernels.recipes.transformer import Shape
 
 runner = CliRunner()
@@ -16,7 +16,9 @@ runner = CliRunner()
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(vocabulary=260, width=16, layers=1, heads=2, context=48)
-    monkeypatch.setitem(demo.PRESETS, "tiny", demo.Preset(shape, batch=2, steps=2, rate=1e-2, validation=100))
+    monkeypatch.setitem(
+        laboratory.PRESETS, "tiny", laboratory.Preset(shape, batch=2, steps=2, rate=1e-2, validation=100)
+    )
     monkeypatch.setattr(demo, "TIMING_SECONDS", 0.0)
     monkeypatch.setattr(demo, "GENERATING_SECONDS", 0.0)
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import qnkernels as qnk
 from qnkernels.cli import app
-from qnkernels.recipes import demo
+from qnkernels.recipes import demo, laboratory
 from qnkernels.recipes.text import load
 from qnkernels.recipes.tokens import Tokenizer
 from qnkernels.recipes.training import perplexity
@@ -34,7 +34,9 @@ def folder(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a demo of two training steps."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(demo.PRESETS, "tiny", demo.Preset(SHAPE, batch=2, steps=2, rate=1e-2, validation=100))
+        patch.setitem(
+            laboratory.PRESETS, "tiny", laboratory.Preset(SHAPE, batch=2, steps=2, rate=1e-2, validation=100)
+        )
         patch.setattr(demo, "TIMING_SECONDS", 0.0)
         patch.setattr(demo, "GENERATING_SECONDS", 0.0)
         arguments = ["demo", "--preset=tiny", f"--data={text}", f"--out={folder}", "--methods=fp32,int8"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qnkernels as qnk
-from qnkernels.recipes import demo
+from qnkernels.recipes import demo, laboratory
 from qnkernels.recipes.methods import (
     BLOCK_SIZE,
     CALIBRATION_WINDOWS,
@@ -68,8 +68,8 @@ class Silent:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    preset = demo.Preset(SHAPE, batch=2, steps=3, rate=1e-2, validation=200)
-    monkeypatch.setitem(demo.PRESETS, "tiny", preset)
+    preset = laboratory.Preset(SHAPE, batch=2, steps=3, rate=1e-2, validation=200)
+    monkeypatch.setitem(laboratory.PRESETS, "tiny", preset)
     monkeypatch.setattr(demo, "TIMING_SECONDS", 0.0)
     monkeypatch.setattr(demo, "GENERATING_SECONDS", 0.0)
 
@@ -111,7 +111,7 @@ def test_end_to_end(settings: demo.Settings) -> None:
         assert (row.finetuning is not None) == (row.precision in PRODUCTS)
     everything = {path.name for path in settings.out.rglob("*") if path.is_file()}
     files = {variant.file_name for variant in VARIANTS}
-    assert everything == files | {demo.RESULTS, demo.PICTURE, demo.TOKENIZER}
+    assert everything == files | {demo.RESULTS, demo.PICTURE, laboratory.TOKENIZER}
 
 
 def test_checkpoints_reload_to_what_the_table_says(settings: demo.Settings) -> None:
@@ -162,8 +162,8 @@ def test_finetuning_at_rate_zero_changes_nothing(
     settings: demo.Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The untuned perplexity is that of the same codes, with the centroids as k-means left them."""
-    preset = replace(demo.PRESETS["tiny"], finetuning_rate=0.0)
-    monkeypatch.setitem(demo.PRESETS, "tiny", preset)
+    preset = replace(laboratory.PRESETS["tiny"], finetuning_rate=0.0)
+    monkeypatch.setitem(laboratory.PRESETS, "tiny", preset)
     results = demo.run(replace(settings, methods=("ipq",)), Silent(trainings=6))
     for row in results.rows[1:]:
         assert row.perplexity == row.finetuning.perplexity_without

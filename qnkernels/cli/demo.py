@@ -15,6 +15,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ..recipes import demo as recipe
+from ..recipes.experiments import EXPERIMENTS, Settings, run
 from ..recipes.laboratory import PRESETS
 from ..recipes.methods import FP32, NAMES
 from ..recipes.results import Results, Row
@@ -22,7 +23,12 @@ from .console import clear_errors, err, out, print_json
 
 
 def demo(
-    preset: Annotated[str, typer.Option(help=f"Size of the model: {', '.join(PRESETS)}.")] = "small",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Size of the model: {', '.join(PRESETS)}. Default: small, or that of the experiment."
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Training steps of each run; default: the preset's.")
     ] = None,
@@ -33,8 +39,9 @@ def demo(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of initial weights, data order and noise.")] = 0,
     folder: Annotated[
-        Path, typer.Option("--out", help="Folder for results, picture and checkpoints.")
-    ] = Path("runs/demo"),
+        Path | None,
+        typer.Option("--out", help="Folder for results, picture and checkpoints. Default: runs/demo."),
+    ] = None,
     methods: Annotated[
         str,
         typer.Option(
@@ -42,6 +49,14 @@ def demo(
             "the others are compared to it."
         ),
     ] = ",".join(NAMES),
+    experiment: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Run an experiment over several seeds instead: {', '.join(EXPERIMENTS)}. "
+            "It goes on from what its folder (default: runs/EXPERIMENT) already holds."
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of an experiment, separated by commas.")] = "0,1,2",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON instead of a table.")
     ] = False,
@@ -54,9 +69,13 @@ def demo(
     precision. Prints one table; writes results.json, perplexity.png and the compressed checkpoints. Ctrl-C
     keeps what is finished.
     """
+    if experiment is not None:
+        folder = folder or Path("runs") / experiment
+        return run_experiment(experiment, folder, seeds, preset, steps, device, tuple(data or ()), as_json)
+    folder = folder or Path("runs/demo")
     with clear_errors(ValueError, OSError, FloatingPointError):
         names = tuple(name.strip().lower() for name in methods.split(","))
-        settings = recipe.Settings(folder, preset, steps, seed, device, tuple(data or ()), names)
+        settings = recipe.Settings(folder, preset or "small", steps, seed, device, tuple(data or ()), names)
         with Watch() as watch:
             results = recipe.run(settings, watch)
     if as_json:
@@ -68,6 +87,37 @@ def demo(
         )
     if results.note:
         err.print(f"[bold yellow]note:[/] {results.note}", highlight=False)
+        raise typer.Exit(130)
+
+
+def run_experiment(
+    name: str,
+    folder: Path,
+    seeds: str,
+    preset: str | None,
+    steps: int | None,
+    device: str,
+    data: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Run an experiment by name and print its table."""
+    with clear_errors(ValueError, OSError, FloatingPointError):
+        if name not in EXPERIMENTS:
+            raise ValueError(f"experiment: expected one of {', '.join(EXPERIMENTS)}, got {name!r}")
+        try:
+            numbers = tuple(int(seed) for seed in seeds.split(","))
+        except ValueError:
+            raise ValueError(f"seeds: expected integers separated by commas, got {seeds!r}") from None
+        settings = Settings(folder, numbers, preset, steps, device, data)
+        with Watch() as watch:
+            study = run(EXPERIMENTS[name], settings, watch)
+    if as_json:
+        print_json(study.to_json())
+    elif study.done:
+        out.print(study.summary.table())
+        out.print(f"{name}.json, .csv, .md and .png are in {folder}", highlight=False, soft_wrap=True)
+    if study.note:
+        err.print(f"[bold yellow]note:[/] {study.note}", highlight=False)
         raise typer.Exit(130)
 
 

@@ -12,13 +12,11 @@ from ..recipes.demo import Settings
 from ..recipes.saved import Run
 from ..recipes.text import Text, load, standard_library
 from ..recipes.training import perplexity
-from ..recipes.transformer import LanguageModel
+from ..recipes.transformer import GROUPS, LanguageModel
 from ..sensitivity import Sensitivity
 from ..sensitivity import sensitivity as measure
 from .compress import load_weights
 from .console import clear_errors, err, out, print_json
-
-GROUPS = {"attention": "attention", "ffn": r"fc[12]", "embedding": "embedding|head"}
 
 
 def sensitivity(

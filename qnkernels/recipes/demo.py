@@ -14,7 +14,7 @@ from ..backends import serving
 from ..checkpoint import load_compressed, save_compressed
 from ..quantize import quantize_, remove_noise_
 from .files import make_folder
-from .laboratory import Laboratory, check_choice, noised_
+from .laboratory import Laboratory, check_choice, device_name, noised_
 from .methods import (
     BLOCK_SIZE,
     CALIBRATION_WINDOWS,
@@ -243,13 +243,3 @@ class _Demo(Laboratory):
             "validation_tokens": len(self.validation_tokens),
             "bytes_per_token": len(text.validation.encode()) / len(self.validation_tokens),
         }
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -1,6 +1,7 @@
 """What the demo and the experiments share: a preset, its text, and the training of models on it."""
 
 import json
+import platform
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Preset:
 PRESETS = {
     "tiny": Preset(Shape(vocabulary=512, width=64, layers=2, heads=2, context=64), 16, 300, 4e-3, 16_384),
     "small": Preset(Shape(vocabulary=768, width=64, layers=2, heads=2, context=64), 16, 3000, 4e-3, 131_072),
+    "deep": Preset(Shape(vocabulary=768, width=64, layers=8, heads=2, context=64), 16, 1500, 3e-3, 131_072),
     "base": Preset(
         Shape(vocabulary=4096, width=512, layers=8, heads=8, context=256), 32, 5000, 1e-3, 262_144
     ),
@@ -92,9 +94,12 @@ class Laboratory:
         torch.manual_seed(seed)
         return LanguageModel(shape or self.preset.shape).to(self.device)
 
-    def trainer(self, model: LanguageModel, seed: int) -> Trainer:
+    def trainer(
+        self, model: LanguageModel, seed: int, each_step: Callable[[], None] = lambda: None
+    ) -> Trainer:
         """Of the whole training, with the windows of the seed."""
-        return Trainer(model, self.train_tokens, self.preset.batch, self.steps, self.preset.rate, seed)
+        options = (self.preset.batch, self.steps, self.preset.rate, seed)
+        return Trainer(model, self.train_tokens, *options, each_step=each_step)
 
     def finetuner(
         self,
@@ -134,3 +139,13 @@ def noised_(model: LanguageModel, variant: Variant) -> LanguageModel:
     for pattern, noise in variant.noise().items():
         quantize_(model, noise, lambda _, name, pattern=pattern: re.search(pattern, name) is not None)
     return model
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

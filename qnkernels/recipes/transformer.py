@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 ROTARY_BASE = 10000.0
+# Groups of layers, by a regular expression found in their names; the embedding is the output layer, too.
+GROUPS = {"attention": "attention", "ffn": r"fc[12]", "embedding": "embedding|head"}
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,14 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Pre-norm transformer with rotary positions; the embedding is also the output layer."""
+    """Pre-norm transformer with rotary positions; the embedding is also the output layer.
+
+    layer_drop: the rate at which training leaves out a block (LayerDrop, arXiv 1909.11556).
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.layer_drop = shape, 0.0
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width)
@@ -124,6 +129,8 @@ class LanguageModel(nn.Module):
         angles = self.cos[start:end], self.sin[start:end]
         x = self.embedding(tokens)
         for layer, block in enumerate(self.blocks):
+            if self.training and self.layer_drop and torch.rand(()).item() < self.layer_drop:
+                continue
             x = block(x, angles, cache, layer)
         if cache is not None:
             cache.length = end

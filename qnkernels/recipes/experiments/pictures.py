@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 
 from ..files import replacing
 from .summary import Summary, Value
 
 # Okabe and Ito's colours, told apart by all kinds of colour vision, and markers for print.
 STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"))
+PLAIN = FormatStrFormatter("%g")
 Curve = list[tuple[float, Value]]
 
 
@@ -63,6 +65,8 @@ def curves(
     axes.set_ylabel(y_label)
     if logarithmic:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.yaxis.set_minor_formatter(PLAIN)
     if lines:
         axes.legend(frameon=False)
     _save(figure, path)

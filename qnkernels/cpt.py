@@ -69,7 +69,7 @@ class CyclicPrecision:
         shape: str = "cosine",
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
         input_range: str | None = "moving",
-        per: str = "tensor",
+        per: str = "channel",
         momentum: float = 0.1,
     ) -> None:
         check_integer("min_bits", min_bits, MIN_BITS, MAX_BITS)

@@ -17,14 +17,14 @@ class CyclicPrecisionConfig:
 
     bits: of weights and inputs, 2 to 16, until a CyclicPrecision changes it. grad_bits: of gradients, 2 to
     16, or 32 for gradients as they are. input_range: "moving" average, each "sample" by itself, or None for
-    inputs as they are. per: one range per weight, "tensor", or output "channel". momentum: of the average.
+    inputs as they are. per: one range of the weight per output "channel", or "tensor". momentum: of the average.
     Raises ValueError naming the field.
     """
 
     bits: int = 8
     grad_bits: int = 8
     input_range: str | None = "moving"
-    per: str = "tensor"
+    per: str = "channel"
     momentum: float = 0.1
 
     CONVERTS: ClassVar[tuple[type[nn.Module], ...]] = (*NOISY, *NOISY.values())

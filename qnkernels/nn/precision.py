@@ -78,7 +78,8 @@ class TrainingPrecision(nn.Module):
     bits: of weight and input, 2 to 16; `set_bits` changes it at any time, without recompilation. grad_bits:
     constant, 2 to 16, or 32 for gradients as they are. input_range: "moving", an average moved by `momentum`
     in each training forward, "sample", that of each sample, or None for an input that is not quantized. per:
-    one range for the weight, "tensor", or one for each output "channel" (embedding row).
+    a range of the weight for each output "channel" (embedding row), as in the published code, or one for the
+    whole "tensor".
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class TrainingPrecision(nn.Module):
         bits: int = 8,
         grad_bits: int = 8,
         input_range: str | None = "moving",
-        per: str = "tensor",
+        per: str = "channel",
         momentum: float = 0.1,
     ) -> None:
         check_precision_options(bits, grad_bits, input_range, per, momentum)

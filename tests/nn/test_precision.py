@@ -60,7 +60,7 @@ def test_a_step_of_conv2d():
     y = layer(x)
     y.backward(grad)
     quantized = F.fake_quantize(x.detach(), *F.quantization_parameters(*F.minmax(x.detach()), 5), 5)
-    weight = F.dynamic_fake_quantize(layer.weight.detach(), 5).requires_grad_()
+    weight = F.dynamic_fake_quantize(layer.weight.detach(), 5, per_sample=True).requires_grad_()
     expected = nn.functional.conv2d(quantized.requires_grad_(), weight, layer.bias, groups=2)
     torch.testing.assert_close(y, expected)
     grads = torch.autograd.grad(expected, (weight, quantized), quantized_grad(grad, 4, 1))
@@ -77,7 +77,7 @@ def test_a_step_of_embedding():
     torch.manual_seed(1)
     y = layer(tokens)
     y.backward(grad)
-    weight = F.dynamic_fake_quantize(layer.weight.detach(), 3).requires_grad_()
+    weight = F.dynamic_fake_quantize(layer.weight.detach(), 3, per_sample=True).requires_grad_()
     expected = nn.functional.embedding(tokens, weight, 2)
     assert_identical(y, expected)
     (grad_weight,) = torch.autograd.grad(expected, weight, quantized_grad(grad, 4, 1))
@@ -103,7 +103,7 @@ def test_moving_range_follows_the_input_and_eval_keeps_it():
     layer.eval()
     x = torch.linspace(-1, 4, 24).view(2, 12)
     expected = F.fake_quantize(x, *F.quantization_parameters(torch.tensor(0.0), torch.tensor(2.0), 8), 8)
-    weight = F.dynamic_fake_quantize(layer.weight.detach(), 8)
+    weight = F.dynamic_fake_quantize(layer.weight.detach(), 8, per_sample=True)
     torch.testing.assert_close(layer(x), nn.functional.linear(expected, weight, layer.bias))
     assert layer.noise.moving.step == 2 and layer.noise.moving.high == 2.0
 
@@ -134,7 +134,7 @@ def test_state_dict_and_reversal():
 
 
 def test_it_can_be_packed():
-    model = qnk.quantize_(nn.Sequential(nn.Linear(16, 8)), qnk.CyclicPrecisionConfig(bits=8, per="channel"))
+    model = qnk.quantize_(nn.Sequential(nn.Linear(16, 8)), qnk.CyclicPrecisionConfig(bits=8))
     weight = model[0].noise(model[0].weight).detach()
     qnk.quantize_(model, qnk.Int8WeightOnlyConfig())
     torch.testing.assert_close(model[0].weight, weight)

@@ -17,7 +17,8 @@ class CyclicPrecisionConfig:
 
     bits: of weights and inputs, 2 to 16, until a CyclicPrecision changes it. grad_bits: of gradients, 2 to
     16, or 32 for gradients as they are. input_range: "moving" average, each "sample" by itself, or None for
-    inputs as they are. per: one range of the weight per output "channel", or "tensor". momentum: of the average.
+    inputs as they are. per: a range of the weight for each output "channel", or "tensor". momentum: of the
+    average.
     Raises ValueError naming the field.
     """
 

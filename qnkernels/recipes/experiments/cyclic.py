@@ -104,8 +104,8 @@ EXPERIMENT = Experiment(
         f"Cyclic: {CYCLES} cosine cycles; gradients have the highest precision of the row. Fine-tuning: "
         f"{FINETUNING:.0%} of the steps of training, at a rate of {FINETUNING_RATE:g}, {FINETUNING_CYCLES} "
         "cycles of two precisions. Perplexity is that of weights and inputs at the highest precision of the "
-        "row, weights over a range per output channel. Bit operations are (n² + 2 n n_g) / 3 for a multiply-add, "
-        f"{bit_operations(FULL_PRECISION, FULL_PRECISION):.0f} in full precision."
+        "row, weights over a range per output channel. Bit operations are (n² + 2 n n_g) / 3 for a "
+        f"multiply-add, {bit_operations(FULL_PRECISION, FULL_PRECISION):.0f} in full precision."
     ),
     picture=functools.partial(pictures.scatter, x="bitops", y="perplexity"),
 )

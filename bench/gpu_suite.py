@@ -1,13 +1,15 @@
-"""Everything that needs a GPU, in one command: `python bench/gpu_suite.py [--quick] [--only OP]`.
+"""Everything that needs a GPU, in one command: `python bench/gpu_suite.py [--quick] [--only OP] [--resume]`.
 
 Runs from the source tree of any machine with an NVIDIA GPU, without network or installation: builds the
-libraries if a compiler is there, runs the GPU tests, measures the ceilings and every benchmark, and writes
+libraries if a compiler is there, runs the GPU tests, checks the CUDA kernels' memory accesses where
+compute-sanitizer is installed, measures the ceilings and every benchmark, and writes
 bench/results/<gpu>/: one CSV and picture per suite, ops.csv (what passed its tests) and summary.md.
 Failures are listed last and make the exit code 1; without a GPU it is 2.
 """
 
 import argparse
 import datetime
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,12 +24,15 @@ sys.path[:0] = [str(ROOT), str(BENCH)]
 import torch  # noqa: E402  (after the source tree is on the path)
 
 import environment  # noqa: E402
+import report  # noqa: E402
 import run  # noqa: E402
 import summary  # noqa: E402
 
 NO_TESTS = 5  # pytest's exit code
+MEMORY_ERROR = 99  # the exit code asked of compute-sanitizer
 # Suites that time ops of other names, too.
 SUITE_OPS = {
+    "dynamic_fake_quantize": ("moving_fake_quantize_",),
     "fake_quantize": ("fake_quantize_backward",),
     "kmeans": ("kmeans_step",),
     "minmax": ("histogram_range",),
@@ -69,7 +74,7 @@ def build(log: Log) -> None:
 def run_tests(log: Log, only: str | None, folder: Path, device: str) -> None:
     """The tests marked gpu; what passed goes to ops.csv."""
     with tempfile.TemporaryDirectory() as temporary:
-        report = Path(temporary) / "junit.xml"
+        junit = Path(temporary) / "junit.xml"
         command = [
             sys.executable,
             "-m",
@@ -80,11 +85,11 @@ def run_tests(log: Log, only: str | None, folder: Path, device: str) -> None:
             f"--gpu-device={device}",
             "--tb=short",
         ]
-        command += [f"--junitxml={report}", "-o", "junit_family=xunit1", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={junit}", "-o", "junit_family=xunit1", "-p", "no:cacheprovider"]
         command += ["-k", only] if only else []
         result = subprocess.run(command, cwd=ROOT, env=run.source_tree_env(), capture_output=True, text=True)
         output = result.stdout + result.stderr
-        rows = tested_ops(report) if report.exists() else []
+        rows = tested_ops(junit) if junit.exists() else []
     log.say(f"tests: {output.strip().splitlines()[-1] if output.strip() else 'no output'}")
     nothing_selected = only is not None and result.returncode == NO_TESTS
     if result.returncode and not nothing_selected:
@@ -95,10 +100,31 @@ def run_tests(log: Log, only: str | None, folder: Path, device: str) -> None:
         summary.update_tested(folder, [{**row, **kept} for row in rows])
 
 
-def tested_ops(report: Path) -> list[dict]:
+def check_memory(log: Log, only: str | None) -> None:
+    """The tests of the CUDA backend once more, under compute-sanitizer."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        return log.say("memory not checked: compute-sanitizer is not installed")
+    select = "cuda" if only is None else f"cuda and {only}"  # the backend is part of a test's name
+    command = [
+        sanitizer,
+        "--tool=memcheck",
+        f"--error-exitcode={MEMORY_ERROR}",
+        sys.executable,
+        "-m",
+        "pytest",
+    ]
+    command += ["tests/gpu", "-m", "gpu", "-k", select, "-x", "--tb=short", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=ROOT, env=run.source_tree_env(), capture_output=True, text=True)
+    if result.returncode in (0, NO_TESTS):
+        return log.say("memory: no errors in the CUDA kernels")
+    log.fail("memory check", result.stdout + result.stderr)
+
+
+def tested_ops(junit: Path) -> list[dict]:
     """Passed and failed tests per (op, backend), from the properties that the tests record."""
     counts: dict[tuple[str, str], list[int]] = {}
-    for test in ElementTree.parse(report).iter("testcase"):
+    for test in ElementTree.parse(junit).iter("testcase"):
         properties = {one.get("name"): one.get("value") for one in test.iter("property")}
         if "op" not in properties or test.find("skipped") is not None:
             continue
@@ -110,9 +136,20 @@ def tested_ops(report: Path) -> list[dict]:
     ]
 
 
-def run_benchmarks(log: Log, only: str | None, quick: bool, results: Path, device: str) -> None:
+def is_measured(path: Path) -> bool:
+    """Whether the CSV of a suite is of the commit that the source tree is at."""
+    rows = report.read_csv(path) if path.exists() else []
+    return bool(rows) and {row["commit"] for row in rows} == {environment.commit()}
+
+
+def run_benchmarks(
+    log: Log, only: str | None, quick: bool, resume: bool, results: Path, folder: Path, device: str
+) -> None:
     for suite in run.SUITES:
         if only and suite != "ceilings" and only not in (suite, *SUITE_OPS.get(suite, ())):
+            continue
+        if resume and is_measured(folder / f"{suite}.csv"):
+            log.say(f"{suite}: measured at this commit already")
             continue
         outcome = run.run_suite(suite, device, quick)
         if outcome.rows:
@@ -127,6 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under 3 minutes: the main shapes, few rounds")
     parser.add_argument("--only", metavar="OP", help="tests and benchmarks of one op")
+    parser.add_argument("--resume", action="store_true", help="leave out suites measured at this commit")
     parser.add_argument("--no-build", action="store_true", help="use the libraries as they are")
     parser.add_argument(
         "--summary-only", action="store_true", help="write the summaries from the CSVs there are"
@@ -148,7 +186,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.no_build:
         build(log)
     run_tests(log, options.only, folder, options.device)
-    run_benchmarks(log, options.only, options.quick, options.out, options.device)
+    if options.device == "cuda" and not options.quick:
+        check_memory(log, options.only)
+    run_benchmarks(log, options.only, options.quick, options.resume, options.out, folder, options.device)
     for path in summary.write_summaries(options.out, folder if options.quick else None):
         log.say(f"wrote {path}")
     for step, output in log.failures:

@@ -210,3 +210,50 @@ def test_failures_come_last_and_set_the_exit_code(monkeypatch, tmp_path, capsys)
     printed = capsys.readouterr()
     assert "boom" in printed.err and printed.err.endswith("failed: bench_minmax.py\n")
     assert (out / "a-processor-x2" / "minmax.csv").exists()
+
+
+def test_the_gpu_suite_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
+    """A suite whose CSV is of this commit is left out; of another commit, it runs again."""
+    monkeypatch.setattr(gpu_suite.environment, "commit", lambda: "abc1234")
+    monkeypatch.setattr(gpu_suite.environment, "device_name", lambda device: "A Processor x2")
+    monkeypatch.setattr(run, "SUITES", ("minmax", "kmeans"))
+    monkeypatch.setattr(gpu_suite, "run_tests", lambda *arguments: None)
+    ran = []
+
+    def run_suite(suite, device, quick):
+        ran.append(suite)
+        return run.Outcome(suite, rows(tmp_path, op=suite), "", [])
+
+    monkeypatch.setattr(run, "run_suite", run_suite)
+    command = ["--device", "cpu", "--no-build", "--out", str(tmp_path / "results")]
+    assert gpu_suite.main(command) == 0
+    assert ran == ["minmax", "kmeans"]
+    assert gpu_suite.main([*command, "--resume"]) == 0
+    assert ran == ["minmax", "kmeans"]
+    assert "kmeans: measured at this commit already" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_suite.environment, "commit", lambda: "def5678")
+    assert gpu_suite.main([*command, "--resume"]) == 0
+    assert ran == ["minmax", "kmeans"] * 2
+
+
+@pytest.mark.parametrize(("code", "failed"), [(0, False), (5, False), (99, True)])
+def test_memory_errors_are_failures(monkeypatch, code, failed):
+    commands = []
+
+    def pretend(command, **options):
+        commands.append(command)
+        return gpu_suite.subprocess.CompletedProcess(command, code, "Invalid __global__ write", "")
+
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: f"/opt/{name}")
+    monkeypatch.setattr(gpu_suite.subprocess, "run", pretend)
+    log = gpu_suite.Log()
+    gpu_suite.check_memory(log, "kmeans")
+    (command,) = commands
+    assert command[0] == "/opt/compute-sanitizer" and "cuda and kmeans" in command
+    assert [step for step, _ in log.failures] == (["memory check"] if failed else [])
+
+
+def test_without_the_sanitizer_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: None)
+    gpu_suite.check_memory(gpu_suite.Log(), None)
+    assert "compute-sanitizer is not installed" in capsys.readouterr().out

@@ -33,7 +33,10 @@ class CudaKernels:
 
     def _launch(self, name: str, device: torch.device, *arguments) -> None:
         with torch.cuda.device(device):
-            status = self._c[name](*arguments, torch.cuda.current_stream().cuda_stream)
+            self._call(name, *arguments, torch.cuda.current_stream().cuda_stream)
+
+    def _call(self, name: str, *arguments) -> None:
+        status = self._c[name](*arguments)
         if status == CUDA_ERROR:
             raise RuntimeError(f"{name}: {self._last_error().decode()}")
         raise_for_status(status)

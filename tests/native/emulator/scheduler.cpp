@@ -51,6 +51,7 @@ enum Order { Lowest, Highest, Shuffled };
 Fiber fibers[kMaxThreads];
 unsigned char* stacks = nullptr;
 int threads = 0, current = 0, waiting = 0;
+uint32_t in_collective[kMaxThreads / kLanes], exited[kMaxThreads / kLanes];  // lanes of each warp
 const std::function<void()>* kernel_ = nullptr;
 jmp_buf scheduler;
 sigjmp_buf aborted;
@@ -77,6 +78,7 @@ void fiber_main() {
     for (;;) {
         (*kernel_)();
         fibers[current].state = State::Exited;
+        exited[current / kLanes] |= 1u << lane();
         complete_collective(current / kLanes);  // those that wait need not wait for this one
         switch_to_scheduler();
     }
@@ -104,22 +106,21 @@ void resume(int thread) {
 // If all lanes that one of the waiting ones waits for are there: combines, and lets them go on.
 void complete_collective(int warp) {
     Fiber* const first = fibers + warp * kLanes;
-    const int lanes = std::min(kLanes, threads - warp * kLanes);
-    for (int l = 0; l < lanes; ++l) {
-        if (first[l].state != State::Collective) continue;
+    for (uint32_t left = in_collective[warp]; left;) {
+        const Fiber& one = first[__builtin_ctz(left)];
+        left &= left - 1;
+        const uint32_t mask = one.mask & ~exited[warp];
+        if ((in_collective[warp] & mask) != mask) continue;
         void* payload[kLanes] = {};
-        bool complete = true;
-        for (int other = 0; other < lanes; ++other) {
-            const Fiber& fiber = first[other];
-            if (!(first[l].mask >> other & 1) || fiber.state == State::Exited) continue;
-            complete = complete && fiber.state == State::Collective && fiber.mask == first[l].mask;
-            payload[other] = fiber.payload;
-        }
-        if (!complete) continue;
-        first[l].combine(payload);
-        const uint32_t mask = first[l].mask;
-        for (int other = 0; other < lanes; ++other)
-            if ((mask >> other & 1) && first[other].state == State::Collective) first[other].state = State::Ready;
+        bool same = true;
+        for (int l = 0; l < kLanes; ++l)
+            if (mask >> l & 1) payload[l] = first[l].payload, same = same && first[l].mask == one.mask;
+        if (!same) continue;
+        one.combine(payload);
+        for (int l = 0; l < kLanes; ++l)
+            if (mask >> l & 1) first[l].state = State::Ready;
+        in_collective[warp] &= ~mask;
+        left &= ~mask;
     }
 }
 
@@ -189,11 +190,16 @@ void run_block() {
         fibers[t].copies.commits = 0;
     }
     waiting = 0;
-    const auto exited = [](const Fiber& fiber) { return fiber.state == State::Exited; };
+    const int count = (threads + kLanes - 1) / kLanes;
+    for (int warp = 0; warp < count; ++warp) {
+        const int lanes = std::min(kLanes, threads - warp * kLanes);
+        in_collective[warp] = 0;
+        exited[warp] = lanes == kLanes ? 0 : ~0u << lanes;  // those that do not exist count as such
+    }
     static std::vector<int> warps;
-    while (!std::all_of(fibers, fibers + threads, exited)) {
+    while (!std::all_of(exited, exited + count, [](uint32_t lanes) { return lanes == ~0u; })) {
         bool progress = false;
-        arrange(warps, (threads + kLanes - 1) / kLanes);
+        arrange(warps, count);
         for (size_t w = 0; w < warps.size(); ++w) progress = run_warp(warps[w]) || progress;
         if (!progress) report_deadlock();
     }
@@ -284,18 +290,19 @@ void collective(uint32_t mask, Combine combine, void* payload, const char* name)
     if (!(mask >> lane() & 1)) fail("%s with mask 0x%08x, which leaves out its own lane", name, mask);
     Fiber& fiber = fibers[current];
     const int warp = current / kLanes;
-    for (int other = 0; other < kLanes && warp * kLanes + other < threads; ++other) {
+    if (const uint32_t others = in_collective[warp] & mask) {  // these agree with each other already
+        const int other = __builtin_ctz(others);
         const Fiber& one = fibers[warp * kLanes + other];
-        if (one.state != State::Collective || !(mask >> other & 1) || !(one.mask >> lane() & 1)) continue;
-        if (one.mask != mask || one.combine != combine)
+        if ((one.mask >> lane() & 1) && (one.mask != mask || one.combine != combine))
             fail("%s with mask 0x%08x, but lane %d is in %s with 0x%08x", name, mask, other, one.where, one.mask);
     }
     fiber.state = State::Collective;
+    in_collective[warp] |= 1u << lane();
     fiber.where = name;
     fiber.mask = mask;
     fiber.combine = combine;
     fiber.payload = payload;
-    complete_collective(warp);
+    if (const uint32_t all = mask & ~exited[warp]; (in_collective[warp] & all) == all) complete_collective(warp);
     if (fiber.state == State::Collective) switch_to_scheduler();
 }
 

@@ -1,7 +1,7 @@
 // Codes less their zero points as operands of tensor cores, and the activations that they are multiplied by.
 //
-// A lane takes 8 consecutive columns at a time: 8 codes (Bits / 4 words) of a row of the weight and 8 values of a row of
-// x, each as 4 words of two. Which column stands where in a product of 16 columns does not matter as long as both
+// A lane takes 8 consecutive columns at a time: 8 codes (Bits / 4 words) of a row of the weight and 8 values of a row
+// of x, each as 4 words of two. Which column stands where in a product of 16 columns does not matter as long as both
 // operands agree, so a lane's columns are next to each other in memory, and loads are as wide as the hardware allows.
 // Levels are integers of at most 8 bits and a sign: exact in bf16 and f16, without a conversion instruction:
 // 2^p + code is a matter of bits, and subtracting 2^p + zero point is exact.

@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(Few<T, Bits, Rows, Tiles>::kThreads, Few<T, Bi
     using E = typename OperandOf<T>::type;
     constexpr int kPieces = OperandOf<T>::pieces;
     QNK_SHARED_MEMORY(memory);
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+    const int g = lane / 4, t = lane % 4;
     const int64_t first_out = static_cast<int64_t>(blockIdx.x) * (8 * Tiles), row_bytes = a.k * Bits / 8;
     const T* const x = static_cast<const T*>(a.x);
     const int64_t chunks = (a.k + F::kChunk - 1) / F::kChunk, per_part = a.turns * F::kWarps;
@@ -56,8 +57,8 @@ __global__ void __launch_bounds__(Few<T, Bits, Rows, Tiles>::kThreads, Few<T, Bi
             const T* from = x + (exists ? row * a.k + column : 0);
 #pragma unroll
             for (int i = 0; i < F::kUnits * F::kPerUnit; ++i)
-                cp_async_16(slot(stage, Tiles + rows * F::kUnits * F::kPerUnit + i), from + (exists ? i * 16 / sizeof(T) : 0),
-                            exists ? 16 : 0);
+                cp_async_16(slot(stage, Tiles + rows * F::kUnits * F::kPerUnit + i),
+                            from + (exists ? i * 16 / sizeof(T) : 0), exists ? 16 : 0);
         }
         cp_async_commit();
     };

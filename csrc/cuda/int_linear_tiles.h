@@ -2,8 +2,8 @@
 //
 // A step is 64 columns of x and of the codes, which arrive by asynchronous copies in a ring of stages in shared memory.
 // The warps lie side by side over the outputs, so that codes are decoded once, or twice where there are two rows of
-// warps. A warp: 64 rows by 8 * Tiles outputs. Sums of a group, or of 256 columns of a longer one, stay in tensor cores,
-// which cut off where fp32 would round; they are scaled and added up in fp32.
+// warps. A warp: 64 rows by 8 * kTiles outputs. Sums of a group, or of 256 columns of a longer one, stay in tensor
+// cores, which cut off where fp32 would round; they are scaled and added up in fp32.
 #pragma once
 
 #include "cuda/int_linear.h"
@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(256) int_linear_tiles_kernel(IntLinear a) {
     constexpr int kPieces = OperandOf<T>::pieces, kTiles = S::kTiles;
     constexpr int kUnitsBetweenSums = 256 / kUnit;
     QNK_SHARED_MEMORY(memory);
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+    const int g = lane / 4, t = lane % 4;
     const TileOf tile(blockIdx.x, (a.m + S::kRows - 1) / S::kRows, (a.n + S::kOutputs - 1) / S::kOutputs);
     const int64_t block_row = tile.row * S::kRows, block_out = tile.output * S::kOutputs, row_bytes = a.k * Bits / 8;
     const int warp_row = warp % WarpRows * 64, warp_out = warp / WarpRows * (8 * kTiles);
@@ -150,10 +151,11 @@ __global__ void __launch_bounds__(256) int_linear_tiles_kernel(IntLinear a) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int row = warp_row + 16 * m + 8 * half + g, piece = (of_step * 4 + t) * (sizeof(T) / 2);
+                    const unsigned char* const at = from + S::x_piece(row, piece) * 16;
                     if constexpr (kPieces == 1)
-                        load_values<Bits, true>(reinterpret_cast<const T*>(from + S::x_piece(row, piece) * 16), value[half]);
+                        load_values<Bits, true>(reinterpret_cast<const T*>(at), value[half]);
                     else
-                        load_values<Bits, true>(reinterpret_cast<const float4*>(from + S::x_piece(row, piece) * 16),
+                        load_values<Bits, true>(reinterpret_cast<const float4*>(at),
                                                 reinterpret_cast<const float4*>(from + S::x_piece(row, piece + 1) * 16),
                                                 value[half]);
                 }

@@ -165,3 +165,5 @@ def test_long_sums_of_one_sign_keep_their_bits(k):
 def test_empty():
     packed = random_packed(4, 32, 4, 1, seeded(0))
     assert int_linear(torch.empty(0, 32), packed).shape == (0, 4)
+    none = Packed(torch.empty(3, 0, dtype=torch.uint8), torch.ones(3, 1), None, 8)
+    assert_identical(int_linear(torch.empty(2, 0), none, torch.arange(3.0)), torch.arange(3.0).expand(2, 3))

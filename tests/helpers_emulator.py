@@ -76,7 +76,8 @@ def explain(message: str, path: str) -> str:
     command = ["addr2line", "-Cfpie", path, f"0x{found[1]}"]
     with contextlib.suppress(OSError):
         lines = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        return message.replace(found[0], "at " + " ".join(lines.split()))
+        place = "" if lines.startswith("??") else "at " + " ".join(lines.split())
+        return message.replace(found[0], place)
     return message
 
 

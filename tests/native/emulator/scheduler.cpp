@@ -1,8 +1,6 @@
 #include "scheduler.h"
 
-#include <dlfcn.h>
 #include <setjmp.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -16,6 +14,7 @@
 #include <random>
 #include <string>
 
+#include "faults.h"
 #include "memory.h"
 
 uint3 threadIdx, blockIdx;
@@ -207,48 +206,6 @@ void run_block() {
     for (auto& one : shared_arrays)
         if (!one.second->intact()) fail("the block wrote beside a static shared array");
 }
-
-void on_fault(int signal, siginfo_t* info, void* context) {
-    uintptr_t pc = 0;
-#if defined(__x86_64__)
-    pc = static_cast<uintptr_t>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
-#elif defined(__aarch64__)
-    pc = static_cast<uintptr_t>(static_cast<ucontext_t*>(context)->uc_mcontext.pc);
-#endif
-    Dl_info library{};
-    dladdr(reinterpret_cast<void*>(pc), &library);
-    const uintptr_t offset = pc - reinterpret_cast<uintptr_t>(library.dli_fbase);
-    const char* what = signal == SIGSEGV || signal == SIGBUS ? locate(info->si_addr)
-                       : signal == SIGFPE                    ? "integer division by zero"
-                                                             : "misaligned access or undefined behaviour";
-    fail("%s [+0x%zx]", what, static_cast<size_t>(offset));
-}
-
-constexpr int kFaults[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE};
-
-// Faults end the launch while this lives.
-class FaultHandlers {
-public:
-    FaultHandlers() {
-        static std::vector<unsigned char> alternate(64 * 1024);
-        stack_t stack{};
-        stack.ss_sp = alternate.data();
-        stack.ss_size = alternate.size();
-        sigaltstack(&stack, &old_stack_);
-        struct sigaction action {};
-        action.sa_sigaction = on_fault;
-        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-        for (size_t i = 0; i < std::size(kFaults); ++i) sigaction(kFaults[i], &action, &old_[i]);
-    }
-    ~FaultHandlers() {
-        for (size_t i = 0; i < std::size(kFaults); ++i) sigaction(kFaults[i], &old_[i], nullptr);
-        sigaltstack(&old_stack_, nullptr);
-    }
-
-private:
-    struct sigaction old_[std::size(kFaults)];
-    stack_t old_stack_;
-};
 
 bool refuse(const char* why) {
     snprintf(message_, sizeof message_, "launch refused: %s", why);

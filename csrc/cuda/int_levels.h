@@ -47,9 +47,10 @@ __device__ __forceinline__ uint32_t highs(uint32_t a, uint32_t b) { return __byt
 template <typename E, int Bits>
 class Decoder {
 public:
-    __device__ Decoder(uint32_t zeros, int which)
-        : zero_(kBytesOfFloat ? __byte_perm(zeros, kBias32, 0x7440 | which)
-                              : __byte_perm(zeros, kBiasPair<E>, 0x5050 | which | which << 8)) {}
+    __device__ Decoder(uint32_t zeros, int which) {
+        zero_ = kBytesOfFloat ? __byte_perm(zeros, kBias32, 0x7440 | which)
+                              : __byte_perm(zeros, kBiasPair<E>, 0x5050 | which | which << 8);
+    }
 
     __device__ void operator()(const uint32_t (&codes)[Bits / 4], uint32_t (&level)[4]) const {
         if constexpr (Bits == 4) {

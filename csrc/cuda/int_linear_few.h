@@ -67,9 +67,9 @@ __global__ void __launch_bounds__(Few<T, Bits, Rows, Tiles>::kThreads, Few<T, Bi
 #pragma unroll
     for (int stage = 0; stage < F::kStages - 1; ++stage) load(stage, chunk + stage * F::kWarps);
     float total[Tiles][4] = {};
-    const int64_t group_chunks = a.groups == 1 ? chunks : a.k / a.groups / F::kChunk;
+    const uint32_t group_chunks = static_cast<uint32_t>(a.groups == 1 ? chunks : a.k / a.groups / F::kChunk);
     for (int stage = 0; chunk < last; chunk += F::kWarps) {
-        const int64_t group = chunk / group_chunks;
+        const uint32_t group = static_cast<uint32_t>(chunk) / group_chunks;
         uint32_t zeros[(Tiles + 3) / 4] = {};  // a byte for each tile
         float scale[Tiles][2];
 #pragma unroll

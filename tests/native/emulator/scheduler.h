@@ -1,5 +1,6 @@
 // CUDA threads as fibers of one OS thread: blocks one after another, and in a block a fiber runs until it waits for
 // others at a barrier or a warp collective. What a GPU leaves undefined is reported, with block and thread.
+// Not emulated: blocks that wait for each other, named barriers, mbarriers, clusters, TMA and wgmma.
 #pragma once
 
 #include <stddef.h>

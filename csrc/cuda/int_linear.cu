@@ -11,7 +11,7 @@
 //   m = 64: 10 (34 MB from the L2 cache, sums of 4 parts);  m = 1024: 75 (35 by the operations, of which mma.sync
 //   reaches about 60 %; wgmma, as Triton's kernel uses it, should be faster from some 128 rows on)
 // Registers, shared memory and blocks of a multiprocessor on sm_90a, bf16 or f16, int8 / int4, by outputs of a block:
-//   few, 16: 77 / 90, 64 / 96 KiB, 3 / 2;  32: 117 / 128, 96 KiB, 2;  64: 198 / 213, 96 KiB, 2
+//   few, 16: 80 / 92, 64 / 96 KiB, 3 / 2;  32: 120 / 128, 96 KiB, 2;  64: 200 / 216, 96 KiB, 2
 //   tiles, 64 rows: 126 / 126, 64 / 48 KiB, 2;  128 rows: 254 / 244, 96 / 80 KiB, 1
 #include "cuda/int_linear.h"
 

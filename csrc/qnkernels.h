@@ -162,6 +162,14 @@ QNK_API int qnk_cuda_fake_quantize(const void* x, int x_dtype, void* y, int y_dt
                                    int64_t inner, const int64_t* bits, int32_t threshold, const int64_t* seed,
                                    void* stream);
 
+// As qnk_cpu_int_linear; bias of bias_dtype. zero_point below 2^bits. Where the number of parts below is not 1, the sums
+// are taken in so many parts, which need workspace fp32 [parts, m, n].
+QNK_API int qnk_cuda_int_linear(const void* x, int dtype, const uint8_t* weight, const float* scale,
+                                const uint8_t* zero_point, const void* bias, int bias_dtype, void* y,
+                                float* workspace, int64_t m, int64_t n, int64_t k, int64_t groups, int bits,
+                                void* stream);
+QNK_API int qnk_cuda_int_linear_parts(int dtype, int64_t m, int64_t n, int64_t k, int64_t groups, int bits);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,11 +2,8 @@
 //
 // A thread owns 8 consecutive elements: one Philox call, 16-byte loads and stores. Floor: bytes of x plus bytes
 // of y over the copy bandwidth; about 250 instructions a thread, 31 an element.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include "common/affine.h"
+#include "cuda/device.h"
 #include "cuda/status.h"
 
 namespace qnk {
@@ -18,25 +15,6 @@ template <typename T>
 struct alignas(sizeof(T) * kDrawsPerCall) Pack {  // at most 32 bytes: two 16-byte accesses
     T value[kDrawsPerCall];
 };
-
-__device__ float widen(float x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-
-template <typename T>
-__device__ T narrow(float x);
-template <>
-__device__ float narrow<float>(float x) {
-    return x;
-}
-template <>
-__device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
-    return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __half narrow<__half>(float x) {
-    return __float2half_rn(x);
-}
 
 struct Arguments {
     int64_t n;
@@ -63,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) fake_quantize_kernel(const In* __res
         in = *reinterpret_cast<const Pack<In>*>(x + first);
     } else {
 #pragma unroll
-        for (int j = 0; j < kDrawsPerCall; ++j) in.value[j] = j < count ? x[first + j] : narrow<In>(0.0f);
+        for (int j = 0; j < kDrawsPerCall; ++j) in.value[j] = j < count ? x[first + j] : from_float<In>(0.0f);
     }
     const float top = top_code(*a.bits);
     const uint32_t noised = a.threshold == 0        ? 0u
@@ -82,8 +60,8 @@ __global__ void __launch_bounds__(kThreads) fake_quantize_kernel(const In* __res
             z = a.zero_point[channel];
             left = a.inner - 1;
         }
-        const float value = widen(in.value[j]);
-        out.value[j] = narrow<Out>((noised >> j) & 1u ? fake_quantize_value(value, s, z, top) : value);
+        const float value = to_float(in.value[j]);
+        out.value[j] = from_float<Out>((noised >> j) & 1u ? fake_quantize_value(value, s, z, top) : value);
     }
     if (Aligned && count == kDrawsPerCall) {
         *reinterpret_cast<Pack<Out>*>(y + first) = out;
@@ -95,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) fake_quantize_kernel(const In* __res
 }
 
 template <typename In, typename Out>
-int launch(const void* x, void* y, const Arguments& a, cudaStream_t stream) {
+int launch_kernel(const void* x, void* y, const Arguments& a, cudaStream_t stream) {
     const In* in = static_cast<const In*>(x);
     Out* out = static_cast<Out*>(y);
     const bool aligned = reinterpret_cast<uintptr_t>(x) % alignof(Pack<In>) == 0 &&
@@ -104,21 +82,18 @@ int launch(const void* x, void* y, const Arguments& a, cudaStream_t stream) {
     const int64_t calls = (a.n + kDrawsPerCall - 1) / kDrawsPerCall;
     const unsigned blocks = static_cast<unsigned>((calls + kThreads - 1) / kThreads);
     if (blocks == 0) return QNK_OK;
-    if (aligned && shared)
-        fake_quantize_kernel<In, Out, true, true><<<blocks, kThreads, 0, stream>>>(in, out, a);
-    else if (aligned)
-        fake_quantize_kernel<In, Out, true, false><<<blocks, kThreads, 0, stream>>>(in, out, a);
-    else
-        fake_quantize_kernel<In, Out, false, false><<<blocks, kThreads, 0, stream>>>(in, out, a);
-    return cuda_status(cudaGetLastError());
+    const auto kernel = aligned && shared ? fake_quantize_kernel<In, Out, true, true>
+                        : aligned         ? fake_quantize_kernel<In, Out, true, false>
+                                          : fake_quantize_kernel<In, Out, false, false>;
+    return cuda_status(launch(kernel, blocks, kThreads, 0, stream, in, out, a));
 }
 
 template <typename In>
 int launch_to(int y_dtype, const void* x, void* y, const Arguments& a, cudaStream_t stream) {
     switch (y_dtype) {
-        case QNK_F32: return launch<In, float>(x, y, a, stream);
-        case QNK_BF16: return launch<In, __nv_bfloat16>(x, y, a, stream);
-        case QNK_F16: return launch<In, __half>(x, y, a, stream);
+        case QNK_F32: return launch_kernel<In, float>(x, y, a, stream);
+        case QNK_BF16: return launch_kernel<In, bf16>(x, y, a, stream);
+        case QNK_F16: return launch_kernel<In, f16>(x, y, a, stream);
         default: return QNK_BAD_DTYPE;
     }
 }
@@ -134,8 +109,8 @@ int qnk_cuda_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int
     cudaStream_t on = static_cast<cudaStream_t>(stream);
     switch (x_dtype) {
         case QNK_F32: return qnk::launch_to<float>(y_dtype, x, y, a, on);
-        case QNK_BF16: return qnk::launch_to<__nv_bfloat16>(y_dtype, x, y, a, on);
-        case QNK_F16: return qnk::launch_to<__half>(y_dtype, x, y, a, on);
+        case QNK_BF16: return qnk::launch_to<qnk::bf16>(y_dtype, x, y, a, on);
+        case QNK_F16: return qnk::launch_to<qnk::f16>(y_dtype, x, y, a, on);
         default: return QNK_BAD_DTYPE;
     }
 }

@@ -1,8 +1,7 @@
 // Turning CUDA's errors into statuses of the C ABI.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include "cuda/device.h"
 #include "qnkernels.h"
 
 namespace qnk {

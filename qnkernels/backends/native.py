@@ -65,7 +65,15 @@ CPU_ARGTYPES = {
         *(POINTER, POINTER, INT, SIZE, SIZE, SIZE),
     ],
 }
-CUDA_ARGTYPES = {"fake_quantize": [*_FAKE_QUANTIZE, POINTER]}
+CUDA_ARGTYPES = {
+    "fake_quantize": [*_FAKE_QUANTIZE, POINTER],
+    "int_linear": [
+        *(POINTER, INT, POINTER, POINTER, POINTER, POINTER, INT, POINTER, POINTER),
+        *(SIZE, SIZE, SIZE, SIZE, INT, POINTER),
+    ],
+}
+# Functions that launch nothing and return a number, not a status.
+CUDA_QUERIES = {"int_linear_parts": [INT, SIZE, SIZE, SIZE, SIZE, INT]}
 
 STATUS = {
     1: "bits: expected 2 to 16 (4 or 8 where packed)",

@@ -60,6 +60,25 @@ def test_int_linear(device, backend, dtype, bits, m, n, k):
         assert_within_bound(actual, x, dequantize_weight(codes, scale, zero_point, bits), used, dtype)
 
 
+@pytest.mark.of("int_linear")
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("m", [1, 5, 16, 40, 200])
+def test_int_linear_of_a_layer(device, backend, dtype, bits, m):
+    """Aligned rows of several tiles and groups of 128, twice: sums are added in a fixed order."""
+    generator = torch.Generator().manual_seed(m + bits)
+    x = (torch.randn(m, 2048, generator=generator) / 8).to(dtype)
+    bias = torch.randn(520, generator=generator)
+    for groups in (1, 16):
+        layer = packed_layer(520, 2048, bits, groups, generator)
+        with qnk.backend(backend):
+            x_, bias_, *layer_ = moved(device, x, bias, *layer)
+            first, second = (F.int_linear(x_, *layer_, bias_, bits) for _ in range(2))
+        assert_within_bound(first, x, dequantize_weight(*layer, bits), bias, dtype)
+        assert torch.equal(first, second)
+
+
 @pytest.mark.of("int_linear_backward")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])

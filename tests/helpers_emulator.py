@@ -1,0 +1,202 @@
+"""The real CUDA kernels on CPU tensors: csrc/cuda compiled as C++ against tests/native/emulator.
+
+`emulated("fake_quantize")["fake_quantize"](x, ...)` has the signature of the reference. Each call runs in
+three orders of the threads, with every tensor between pages that may not be touched, and raises where the
+orders disagree (a barrier is missing), an access is out of bounds or misaligned, an argument is written, or
+threads wait for each other forever.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from qnkernels.backends.cuda import CudaKernels
+from qnkernels.backends.native import CUDA_ARGTYPES, CUDA_QUERIES, declare
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "tests" / "native" / "emulator"
+# Like nvcc's --fmad=false: no contraction.
+FLAGS = (
+    *("-std=c++17", "-g", "-fPIC", "-DQNK_EMULATE", "-fvisibility=hidden", "-fno-gnu-unique"),
+    *("-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas"),
+    *("-I", str(ROOT / "csrc"), "-I", str(EMULATOR)),
+)
+# Undefined behaviour of kernels traps, misaligned loads among it.
+KERNEL_FLAGS = ("-O1", "-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error")
+ALIGNED = 64  # bytes; torch aligns no less
+# orders of threads (lowest first, highest first, shuffled), and whether tensors end or start at a guard page
+RUNS = ((0, False), (1, True), (2, True))
+
+_folder = Path(tempfile.mkdtemp(prefix="emulated-"))
+atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+
+
+@functools.cache
+def _object(source: Path) -> Path:
+    out = _folder / f"{source.parent.name}-{source.name}.o"
+    flags = KERNEL_FLAGS if source.suffix == ".cu" else ("-O2",)
+    command = ["g++", *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@functools.cache
+def library(*sources: Path) -> ctypes.CDLL:
+    """.cu files and the emulator in one shared library."""
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(_object, (*sources, *sorted(EMULATOR.glob("*.cpp")))))
+    path = _folder / ("-".join(source.stem for source in sources) + ".so")
+    subprocess.run(["g++", "-shared", "-o", str(path), *map(str, objects)], check=True)
+    loaded = ctypes.CDLL(str(path))
+    loaded.qnk_emulator_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+    loaded.qnk_emulator_allocate.restype = ctypes.c_void_p
+    loaded.qnk_emulator_free.argtypes = [ctypes.c_void_p]
+    loaded.qnk_cuda_last_error.restype = ctypes.c_char_p
+    return loaded
+
+
+def explain(message: str, path: str) -> str:
+    """The message with the line of the source in place of the offset of a faulting instruction."""
+    found = re.search(r"\[\+0x([0-9a-f]+)\]", message)
+    if not found:
+        return message
+    command = ["addr2line", "-Cfpie", path, f"0x{found[1]}"]
+    with contextlib.suppress(OSError):
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        place = "" if lines.startswith("??") else "at " + " ".join(lines.split())
+        return message.replace(found[0], place)
+    return message
+
+
+class Memory(TorchDispatchMode):
+    """Inside, new tensors lie between guard pages, and those without values hold NaN."""
+
+    def __init__(self, library: ctypes.CDLL, alignment: int, at_end: bool) -> None:
+        super().__init__()
+        self._library, self._alignment, self._at_end = library, alignment, at_end
+        self._pointers: list[int] = []
+
+    def guarded(self, tensor: torch.Tensor, fill: bool = True) -> torch.Tensor:
+        """A contiguous copy between guard pages, or, without fill, one of poison."""
+        size = tensor.numel() * tensor.element_size()
+        if size == 0:
+            return tensor
+        alignment = max(self._alignment, tensor.element_size())
+        pointer = self._library.qnk_emulator_allocate(size, alignment, self._at_end)
+        self._pointers.append(pointer)
+        raw = torch.frombuffer((ctypes.c_uint8 * size).from_address(pointer), dtype=torch.uint8)
+        copy = raw.view(tensor.dtype).view(tensor.shape)
+        if fill:
+            copy.copy_(tensor)
+        return copy
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.__name__.split(".")[0]
+        if name in ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"):
+            return self.guarded(result, fill=False)
+        if name in ("zeros", "new_zeros", "zeros_like", "full", "new_full", "full_like", "_to_copy", "clone"):
+            return self.guarded(result)
+        return result
+
+    def free(self) -> bool:
+        """Whether what surrounds the tensors is as it was."""
+        intact = [self._library.qnk_emulator_free(pointer) for pointer in self._pointers]
+        self._pointers.clear()
+        return all(intact)
+
+
+class EmulatedKernels(CudaKernels):
+    """The bindings of the CUDA library on CPU tensors."""
+
+    def __init__(self, loaded: ctypes.CDLL, argtypes: dict[str, list] = CUDA_ARGTYPES) -> None:
+        functions = argtypes | CUDA_QUERIES
+        present = {name: types for name, types in functions.items() if hasattr(loaded, f"qnk_cuda_{name}")}
+        super().__init__(declare(loaded, "cuda", present), loaded.qnk_cuda_last_error)
+        self.library, self.alignment = loaded, ALIGNED
+        self.ops = tuple(name for name in present if name in argtypes)
+
+    def _launch(self, name: str, device: torch.device, *arguments) -> None:
+        try:
+            self._call(name, *arguments, None)
+        except RuntimeError as error:
+            raise RuntimeError(explain(str(error), self.library._name)) from None
+
+    def _query(self, name: str, device: torch.device, *arguments) -> int:
+        return self._c[name](*arguments)
+
+    def run(self, op: str, *arguments, **keywords):
+        """One op in every order; its result if they agree."""
+        results = []
+        for order, at_end in RUNS:
+            memory = Memory(self.library, self.alignment, at_end)
+            copies = tree_map_only(torch.Tensor, memory.guarded, (arguments, keywords))
+            self.library.qnk_emulator_schedule(order, order)
+            try:
+                with memory:
+                    result = getattr(self, op)(*copies[0], **copies[1])
+                results.append(tree_map_only(torch.Tensor, torch.clone, result))
+                _assert_same(copies, (arguments, keywords), f"{op}: it writes an argument")
+            finally:
+                del copies
+                result = None
+                intact = memory.free()
+            assert intact, f"{op}: it writes beside a tensor"
+            _assert_same(results[-1], results[0], f"{op}: the result depends on the order of the threads")
+        return results[0]
+
+
+def _assert_same(actual, expected, message: str) -> None:
+    """Bit for bit: nothing but the payload of a NaN may differ."""
+    ones, others = (torch.utils._pytree.tree_leaves(tree) for tree in (actual, expected))
+    for one, other in zip(ones, others, strict=True):
+        if isinstance(one, torch.Tensor):
+            same = (one == other) | ((one != one) & (other != other))
+            assert same.all(), f"{message} ({int((~same).sum())} of {same.numel()} elements)"
+
+
+@functools.cache
+def _kernels(*names: str) -> EmulatedKernels:
+    sources = [CUDA / f"{name}.cu" for name in (*names, "status")]
+    return EmulatedKernels(library(*sources))
+
+
+def emulated(*names: str) -> dict[str, Callable]:
+    """The ops of csrc/cuda/<name>.cu, by name, like `kernels("cuda")`."""
+    kernels = _kernels(*names)
+    return {op: functools.partial(kernels.run, op) for op in kernels.ops}
+
+
+@contextlib.contextmanager
+def alignment(size: int, *names: str) -> Iterator[None]:
+    """Tensors of the kernels of `names` start at multiples of `size` bytes and, below 64, of no more."""
+    kernels = _kernels(*names)
+    kernels.alignment = size
+    try:
+        yield
+    finally:
+        kernels.alignment = ALIGNED
+
+
+@contextlib.contextmanager
+def processors(count: int, *names: str) -> Iterator[None]:
+    """A device of `count` multiprocessors, which launchers may ask for (3 otherwise)."""
+    loaded = _kernels(*names).library
+    loaded.qnk_emulator_processors(count)
+    try:
+        yield
+    finally:
+        loaded.qnk_emulator_processors(3)

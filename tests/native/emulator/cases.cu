@@ -1,0 +1,203 @@
+// Small kernels for the tests of the emulator: what is right must work, and each mistake be found.
+// All have the arguments x [n] and y [n], and one block of n threads.
+#include "cuda/primitives.h"
+#include "cuda/status.h"
+
+namespace qnk {
+namespace {
+
+// Sum of x in every element of y: shuffles within warps, shared memory between them.
+__global__ void sum(const float* x, float* y, int n) {
+    QNK_SHARED(float, partial, [32]);
+    float v = x[threadIdx.x];
+    for (int bits = 16; bits > 0; bits /= 2) v += __shfl_xor_sync(0xffffffffu, v, bits);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = 0;
+    for (int w = 0; w < n / 32; ++w) v += partial[w];
+    y[threadIdx.x] = v;
+}
+
+// Lane l of each warp: from lane l - 1 of its segment of 8, from lane 5 of it, how many are positive, whether all are.
+__global__ void shuffles(const float* x, float* y, int) {
+    const float v = x[threadIdx.x];
+    const float up = __shfl_up_sync(0xffffffffu, v, 1, 8), fifth = __shfl_sync(0xffffffffu, v, 5, 8);
+    const int positive = __popc(__ballot_sync(0xffffffffu, v > 0));
+    const int least = __reduce_min_sync(0xffffffffu, static_cast<int>(threadIdx.x % 32) - 7);
+    const int all = __all_sync(0xffffffffu, v > 0);
+    y[threadIdx.x] = up + 2 * fifth + static_cast<float>(100 * positive + 10000 * all + least);
+}
+
+// The two halves of a warp in different branches, each with collectives of its own.
+__global__ void halves(const float* x, float* y, int) {
+    const uint32_t mask = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
+    float v = x[threadIdx.x];
+    if (threadIdx.x % 32 < 16)
+        v = __shfl_xor_sync(mask, v, 1);
+    else
+        for (int i = 0; i < 3; ++i) v = __shfl_xor_sync(mask, v, 1 << i);
+    __syncwarp();
+    y[threadIdx.x] = v;
+}
+
+// y = x, by way of asynchronous copies of 16 bytes to dynamic shared memory.
+template <int Pending>
+__global__ void copied(const float* x, float* y, int n) {
+    QNK_SHARED_MEMORY(memory);
+    float* tile = reinterpret_cast<float*>(memory);
+    const int first = 4 * static_cast<int>(threadIdx.x);
+    if (first < n) cp_async_16(tile + first, x + first, min(16, 4 * (n - first)));
+    cp_async_commit();
+    cp_async_wait<Pending>();
+    __syncthreads();
+    y[threadIdx.x] = tile[threadIdx.x];
+}
+
+__global__ void write_past_the_end(const float* x, float* y, int n) { y[threadIdx.x + (threadIdx.x == n - 1)] = x[0]; }
+
+__global__ void read_before_the_start(const float* x, float* y, int) {
+    y[threadIdx.x] = x[static_cast<int>(threadIdx.x) - 1];
+}
+
+__global__ void misaligned(const float* x, float* y, int n) {
+    if (threadIdx.x == 0) reinterpret_cast<float4*>(y)[0] = *reinterpret_cast<const float4*>(x + n % 4 + 1);
+}
+
+__global__ void half_written(const float* x, float* y, int n) {
+    if (threadIdx.x < n / 2) y[threadIdx.x] = x[threadIdx.x];
+}
+
+__global__ void writes_its_input(const float* x, float* y, int) {
+    const_cast<float*>(x)[threadIdx.x] = 1.0f;
+    y[threadIdx.x] = 1.0f;
+}
+
+__global__ void shared_past_the_end(const float* x, float* y, int) {
+    QNK_SHARED_MEMORY(tile);
+    reinterpret_cast<float*>(tile)[threadIdx.x + 1] = x[threadIdx.x];
+    y[threadIdx.x] = 1.0f;
+}
+
+__global__ void shared_never_written(const float*, float* y, int) {
+    QNK_SHARED(float, tile, [1024]);
+    y[threadIdx.x] = tile[threadIdx.x];
+}
+
+// y = x reversed; Barrier: whether writes and reads of shared memory are kept apart.
+template <bool Barrier>
+__global__ void reversed(const float* x, float* y, int n) {
+    QNK_SHARED(float, tile, [1024]);
+    tile[threadIdx.x] = x[threadIdx.x];
+    if (Barrier) __syncthreads();
+    y[threadIdx.x] = tile[n - 1 - static_cast<int>(threadIdx.x)];
+}
+
+// The first element of a buffer that is written again before all have read it.
+__global__ void missing_second_barrier(const float* x, float* y, int n) {
+    QNK_SHARED(float, value, [1]);
+    float sum = 0;
+    for (int i = 0; i < n; ++i) {
+        if (static_cast<int>(threadIdx.x) == i) value[0] = x[i];
+        __syncthreads();
+        sum += value[0];
+    }
+    y[threadIdx.x] = sum;
+}
+
+__global__ void barrier_for_some(const float* x, float* y, int) {
+    if (threadIdx.x < 16) __syncthreads();
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+__global__ void barrier_after_exit(const float* x, float* y, int) {
+    y[threadIdx.x] = x[threadIdx.x];
+    if (threadIdx.x == 3) return;
+    __syncthreads();
+}
+
+__global__ void two_barriers(const float* x, float* y, int) {
+    if (x[threadIdx.x] > 0)
+        __syncthreads();
+    else
+        __syncthreads();
+    y[threadIdx.x] = 0;
+}
+
+__global__ void shuffle_from_absent(const float* x, float* y, int) {
+    float v = x[threadIdx.x];
+    if (threadIdx.x % 32 < 16) v = __shfl_sync(0x0000ffffu, v, 20);
+    y[threadIdx.x] = v;
+}
+
+__global__ void lanes_disagree(const float* x, float* y, int) {
+    const float v = x[threadIdx.x];
+    y[threadIdx.x] = threadIdx.x % 2 ? __shfl_xor_sync(0xffffffffu, v, 1) : __ballot_sync(0xffffffffu, v > 0);
+}
+
+__global__ void float_atomics(const float* x, float* y, int) {
+    QNK_SHARED(float, sum, [1]);
+    if (threadIdx.x == 0) sum[0] = 0;
+    __syncthreads();
+    atomicAdd(sum, x[threadIdx.x]);
+    __syncthreads();
+    y[threadIdx.x] = sum[0];
+}
+
+// d [16, 8] = a [16, k] @ b [8, k]^T by one warp; x = (a, b) in T, d in y, k = 256 / sizeof(T) / 8.
+template <typename T, typename D, bool Transposed>
+__global__ void product(const float* x, float* y, int) {
+    constexpr int kRow = 32;  // bytes
+    QNK_SHARED(uint4, tile, [24 * kRow / 16]);
+    const int lane = static_cast<int>(threadIdx.x);
+    unsigned char* const bytes = reinterpret_cast<unsigned char*>(tile);
+    for (int i = lane; i < 24 * kRow / 16; i += 32) tile[i] = reinterpret_cast<const uint4*>(x)[i];
+    __syncwarp();
+    uint32_t a[4], b[2];
+    ldmatrix_x4(a, bytes + lane % 16 * kRow + lane / 16 * 16);
+    if (Transposed) {  // b as [k, 8], rows of 16 bytes
+        ldmatrix_x2_trans(b, bytes + 16 * kRow + lane % 16 * 16);
+    } else {
+        ldmatrix_x2(b, bytes + (16 + lane % 8) * kRow + lane / 8 % 2 * 16);
+    }
+    D d[4] = {};
+    if constexpr (sizeof(T) == 2)
+        mma_m16n8k16<T>(d, a, b);
+    else
+        mma_m16n8k32<T, int8_t>(d, a, b);
+    for (int i = 0; i < 4; ++i) y[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = static_cast<float>(d[i]);
+}
+
+}  // namespace
+}  // namespace qnk
+
+#define QNK_CASE(name, kernel, shared_bytes)                                                                       \
+    extern "C" QNK_API int qnk_cuda_##name(const float* x, float* y, int n, void* stream) {                        \
+        return qnk::cuda_status(qnk::launch(kernel, 1, n, shared_bytes, stream, x, y, n));                         \
+    }
+#define QNK_SIMPLE(name) QNK_CASE(name, qnk::name, 0)
+QNK_SIMPLE(sum)
+QNK_SIMPLE(shuffles)
+QNK_SIMPLE(halves)
+QNK_CASE(copied, qnk::copied<0>, 16 * ((n + 3) / 4))
+QNK_CASE(copied_without_wait, qnk::copied<1>, 16 * ((n + 3) / 4))
+QNK_SIMPLE(write_past_the_end)
+QNK_SIMPLE(read_before_the_start)
+QNK_SIMPLE(misaligned)
+QNK_SIMPLE(half_written)
+QNK_SIMPLE(writes_its_input)
+QNK_CASE(shared_past_the_end, qnk::shared_past_the_end, 4 * n)
+QNK_SIMPLE(shared_never_written)
+QNK_CASE(reversed, qnk::reversed<true>, 0)
+QNK_CASE(missing_barrier, qnk::reversed<false>, 0)
+QNK_SIMPLE(missing_second_barrier)
+QNK_SIMPLE(barrier_for_some)
+QNK_SIMPLE(barrier_after_exit)
+QNK_SIMPLE(two_barriers)
+QNK_SIMPLE(shuffle_from_absent)
+QNK_SIMPLE(lanes_disagree)
+QNK_SIMPLE(float_atomics)
+QNK_CASE(product_bf16, (qnk::product<qnk::bf16, float, false>), 0)
+QNK_CASE(product_f16, (qnk::product<qnk::f16, float, false>), 0)
+QNK_CASE(product_bf16_trans, (qnk::product<qnk::bf16, float, true>), 0)
+QNK_CASE(product_s8, (qnk::product<int8_t, int32_t, false>), 0)
+QNK_CASE(product_u8, (qnk::product<uint8_t, int32_t, false>), 0)

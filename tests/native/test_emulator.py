@@ -1,0 +1,130 @@
+"""The emulator of CUDA threads: correct kernels give what a GPU gives, and each kind of mistake is found."""
+
+import ctypes
+import re
+from functools import cache
+
+import pytest
+import torch
+from helpers_emulator import CUDA, EMULATOR, EmulatedKernels, library
+
+CASE = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+
+
+class Cases(EmulatedKernels):
+    def case(self, name: str, x: torch.Tensor, n: int) -> torch.Tensor:
+        y = torch.empty(n)
+        self._launch(name, x.device, x.data_ptr(), y.data_ptr(), n)
+        return y
+
+    def product(self, name: str, operands: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(16, 8)
+        self._launch(name, y.device, operands.data_ptr(), y.data_ptr(), 32)
+        return y
+
+
+@cache
+def cases() -> Cases:
+    source = EMULATOR / "cases.cu"
+    names = re.findall(r"^QNK_(?:SIMPLE|CASE)\((\w+)", source.read_text(), re.MULTILINE)
+    return Cases(library(source, CUDA / "status.cu"), dict.fromkeys(names, CASE))
+
+
+def run(name: str, x: torch.Tensor, n: int | None = None) -> torch.Tensor:
+    return cases().run("case", name, x, len(x) if n is None else n)
+
+
+X = torch.randn(96, generator=torch.Generator().manual_seed(0)).round(decimals=2)
+
+
+def test_sum_over_warps():
+    x = (100 * X).round()  # integers, whose sum is exact
+    assert (run("sum", x) == x.sum()).all()
+
+
+def test_shuffles_votes_and_reductions():
+    x = X[:64].clone()
+    x[32:] = x[32:].abs() + 1
+    segments = x.view(-1, 8)
+    up = torch.cat((segments[:, :1], segments[:, :-1]), 1)
+    positive = (x.view(2, 32) > 0).sum(1, keepdim=True)
+    votes = 100 * positive + 10_000 * (positive == 32) - 7
+    expected = up + 2 * segments[:, 5:6] + votes.repeat_interleave(4, 0)
+    assert torch.equal(run("shuffles", x), expected.flatten())
+
+
+def test_halves_of_a_warp_in_different_branches():
+    lanes = torch.arange(32)
+    source = torch.where(lanes < 16, lanes ^ 1, lanes ^ 7)
+    assert torch.equal(run("halves", X[:32]), X[:32][source])
+
+
+@pytest.mark.parametrize("n", [4, 33, 96])
+def test_asynchronous_copies(n):
+    assert torch.equal(run("copied", X[:n]), X[:n])
+    assert not torch.equal(run("copied_without_wait", X[:n]), X[:n])
+    assert run("copied_without_wait", X[:n]).isnan().all()
+
+
+def test_reversed():
+    assert torch.equal(run("reversed", X), X.flip(0))
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16", "bf16_trans"])
+def test_products_of_16_bits(name):
+    dtype = torch.float16 if name == "f16" else torch.bfloat16
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randint(-8, 9, (16, 16), generator=generator)
+    b = torch.randint(-8, 9, (8, 16), generator=generator)
+    stored = b.t() if name.endswith("trans") else b
+    operands = torch.cat((a.flatten(), stored.flatten())).to(dtype)
+    y = cases().run("product", f"product_{name}", operands)
+    assert torch.equal(y, (a @ b.t()).float())
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("s8", -128, 128), ("u8", 0, 256)])
+def test_products_of_8_bits(name, low, high):
+    generator = torch.Generator().manual_seed(2)
+    a = torch.randint(low, high, (16, 32), generator=generator)
+    b = torch.randint(-128, 128, (8, 32), generator=generator)
+    y = cases().run("product", f"product_{name}", torch.cat((a, b)).to(torch.uint8))
+    assert torch.equal(y, (a @ b.t()).float())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("write_past_the_end", r"past the end of an array of 384 bytes|beside a tensor"),
+        ("read_before_the_start", r"thread \(0, 0, 0\): -?4 bytes before .* at .*cases\.cu:\d+"),
+        ("misaligned", r"misaligned access .*cases\.cu:\d+"),
+        ("writes_its_input", "writes an argument"),
+        ("shared_past_the_end", r"past the end of an array of 384 bytes|beside its dynamic shared"),
+        ("missing_barrier", "depends on the order of the threads"),
+        ("missing_second_barrier", "depends on the order of the threads"),
+        ("float_atomics", "depends on the order of the threads"),
+        (
+            "barrier_for_some",
+            r"deadlock: threads 0 to 15 wait at .*cases\.cu:\d+; threads 16 to 95 have",
+        ),
+        ("barrier_after_exit", r"deadlock: .*threads 3 to 3 have exited"),
+        ("two_barriers", r"waits at the barrier .*, but thread \d+ at"),
+        ("shuffle_from_absent", "__shfl_sync from lane 20, which takes no part"),
+        ("lanes_disagree", r"lane \d+ is in __\w+ with 0xffffffff"),
+    ],
+)
+def test_mistakes_are_found(name, words):
+    with pytest.raises((RuntimeError, AssertionError), match=words):
+        run(name, X)
+    assert torch.equal(run("reversed", X), X.flip(0)), "the emulator works on after a failure"
+
+
+def test_what_is_not_written_is_nan():
+    y = run("half_written", X)
+    assert torch.equal(y[:48], X[:48]) and y[48:].isnan().all()
+    assert run("shared_never_written", X).isnan().all()
+
+
+def test_impossible_launches_are_refused():
+    for n in (0, 1025):
+        with pytest.raises(RuntimeError, match="launch refused: a block of"):
+            run("sum", torch.zeros(1), n)

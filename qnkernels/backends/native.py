@@ -60,7 +60,17 @@ CPU_ARGTYPES = {
         *(POINTER, POINTER, INT, SIZE, SIZE, SIZE),
     ],
 }
-CUDA_ARGTYPES = {"fake_quantize": [*_FAKE_QUANTIZE, POINTER]}
+CUDA_ARGTYPES = {
+    "fake_quantize": [*_FAKE_QUANTIZE, POINTER],
+    "pq_linear": [
+        *(POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, SIZE),
+        *(POINTER, ctypes.POINTER(SIZE), POINTER),
+    ],
+    "pq_linear_backward": [
+        *(POINTER, POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER),
+        *(SIZE, SIZE, SIZE, SIZE, SIZE, POINTER),
+    ],
+}
 
 STATUS = {
     1: "bits: expected 2 to 16 (4 or 8 where packed)",

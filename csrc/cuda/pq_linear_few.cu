@@ -1,0 +1,130 @@
+// pq_linear for up to 8 tokens in bf16 or f16: the whole depth of a few outputs in one block, 16 warps sharing it.
+//
+// A warp takes every 16th step of 32 columns: a thread reads the codes of 2 R adjacent outputs for its octet, their
+// codewords from the table, and one octet of x; tensor cores multiply, so that 8 tokens cost what one does. The sums of
+// the warps are added in their order.
+//
+// 8192x8192, d = 8, K = 256 on H100 (132 multiprocessors, 1.7 GHz): codes 8.4 MB, 2.5 us from memory; codewords 2 bytes
+// a weight, 134 MB at 128 bytes a cycle and multiprocessor, 4.7 us: this is the bound. A table of products x . codeword
+// takes one 4-byte look-up per code, but random ones collide (3.5 cycles of 32 lanes where 16-byte ones of 8 lanes take
+// 4): 4.2 us for one token, and as much again for each further one. Products by plain threads: 19 instructions a code,
+// 5.5 us for one token, 8 more a token.
+#include "cuda/pq_fragments.cuh"
+
+namespace qnk {
+namespace {
+
+constexpr int kWarps = 16, kThreads = 32 * kWarps;
+constexpr int kMinSteps = 2 * kWarps;
+
+template <typename T, typename Code, int Width, bool InShared, int R>
+__global__ void __launch_bounds__(kThreads)
+    pq_linear_few_kernel(const T* __restrict__ x, PqWeight w, CodewordTable table, PqOutput out, int m) {
+    constexpr int kOutputs = 16 * R;
+    // steps whose codes are under way while as many are multiplied: 16 to 64 bytes of a thread
+    constexpr int kAhead = sizeof(OctetCodes<Code, Width, 2 * R>) > 16 ? 2 : 4;
+    QNK_SHARED_MEMORY(shared);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int first_output = blockIdx.x * kOutputs;
+    const int columns = w.columns(), pieces = w.d / Width;
+    const int stride = kWarps * gridDim.y, steps = (columns + 31) / 32;
+
+    const int first_octet = (blockIdx.y * kWarps + warp) * 4 + t;
+    const OctetPlace<Width> by(stride * 4, pieces);
+    OctetPlace<Width> ahead(first_octet, pieces), place = ahead;
+    OctetCodes<Code, Width, 2 * R> next[kAhead];
+    const auto load = [&] {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            next[i].load(w, ahead, first_output + g * 2 * R);
+            ahead.advance(by, pieces);
+        }
+    };
+    load();
+    Codewords<Width, InShared>::fill(w, table, shared);
+    __syncthreads();
+
+    const Codewords<Width, InShared> codewords(w, table, shared);
+    const T* token = x + static_cast<int64_t>(g) * columns;
+    PqSumsOfWarp<R, 1> sums;
+    int octet = first_octet;
+    for (int step = blockIdx.y * kWarps + warp; step < steps; step += kAhead * stride) {
+        OctetCodes<Code, Width, 2 * R> codes[kAhead];
+        PqWords<4> octets[kAhead][1];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i, octet += stride * 4) {
+            codes[i] = next[i];
+            octets[i][0] = {};
+            if (g < m) octets[i][0] = load_octet(token, octet * 8, columns);
+        }
+        load();
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (step + i * stride < steps) multiply<T>(sums, codewords, codes[i], place, w.blocks, octets[i]);
+            place.advance(by, pieces);
+        }
+    }
+
+    __syncthreads();  // the table has been read: the sums of all warps, [warp][token][output], take its place
+    float* all = reinterpret_cast<float*>(shared);
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd)
+#pragma unroll
+        for (int i = 0; i < 2 * R; ++i)
+            all[(warp * kFewTokens + 2 * t + odd) * kOutputs + g * 2 * R + i] = sums.at(i, 0, odd);
+    __syncthreads();
+    for (int i = threadIdx.x; i < m * kOutputs; i += kThreads) {
+        const int token = i / kOutputs, output = first_output + i % kOutputs;
+        if (output >= w.n) continue;
+        float total = all[i];
+#pragma unroll
+        for (int other = 1; other < kWarps; ++other) total += all[other * kFewTokens * kOutputs + i];
+        const int64_t at = static_cast<int64_t>(token) * w.n + output;
+        if (out.parts)
+            out.parts[static_cast<int64_t>(blockIdx.y) * m * w.n + at] = total;
+        else
+            static_cast<T*>(out.y)[at] = from_float<T>(out.bias ? total + out.bias[output] : total);
+    }
+}
+
+constexpr int sums_bytes(int R) { return kWarps * kFewTokens * 16 * R * 4; }
+
+// Outputs of a block in units of 16: fewer where more would leave multiprocessors idle.
+int units(const PqWeight& w) { return (w.n + 63) / 64 * 10 >= processors() * 9 ? 4 : 2; }
+
+template <typename T, typename Code, int Width, bool InShared, int R>
+cudaError_t launch_few(const T* x, const PqWeight& w, const CodewordTable& table, const PqOutput& out, int m,
+                       cudaStream_t stream) {
+    const dim3 grid((w.n + 16 * R - 1) / (16 * R), out.splits);
+    const int bytes = table.bytes > sums_bytes(R) ? table.bytes : sums_bytes(R);
+    return launch(pq_linear_few_kernel<T, Code, Width, InShared, R>, grid, dim3(kThreads), bytes, stream, x, w, table,
+                  out, m);
+}
+
+template <typename T, typename Code, int Width, bool InShared>
+cudaError_t launch_units(const T* x, const PqWeight& w, const CodewordTable& table, const PqOutput& out, int m,
+                         cudaStream_t stream) {
+    if (units(w) == 4) return launch_few<T, Code, Width, InShared, 4>(x, w, table, out, m, stream);
+    return launch_few<T, Code, Width, InShared, 2>(x, w, table, out, m, stream);
+}
+
+}  // namespace
+
+int pq_few_splits(int, const PqWeight& w) {
+    const int outputs = 16 * units(w), tiles = (w.n + outputs - 1) / outputs;
+    const int steps = (w.columns() + 31) / 32, most = processors() / tiles;
+    const int splits = most < steps / kMinSteps ? most : steps / kMinSteps;
+    return splits > 1 ? splits : 1;
+}
+
+template <typename T>
+cudaError_t pq_linear_few(const T* x, const PqWeight& w, const PqOutput& out, int m, cudaStream_t stream) {
+    return by_layout(w, 0, [&](auto code, auto width, auto in_shared, const CodewordTable& table) {
+        return launch_units<T, decltype(code), width, in_shared>(x, w, table, out, m, stream);
+    });
+}
+
+template cudaError_t pq_linear_few(const bf16*, const PqWeight&, const PqOutput&, int, cudaStream_t);
+template cudaError_t pq_linear_few(const f16*, const PqWeight&, const PqOutput&, int, cudaStream_t);
+
+}  // namespace qnk

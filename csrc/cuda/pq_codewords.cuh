@@ -39,21 +39,29 @@ class Codewords {
   public:
     using Piece = PqWords<Width / 2>;
 
-    __device__ Codewords(const PqWeight& w, const CodewordTable& table, const unsigned char* shared)
-        : last_(w.k - 1), zeros_(table.rows - 1) {
+    // One piece of all codewords: that of code c is row_bytes * c from start on. row_bytes = 0: zeros.
+    struct Source {
+        const unsigned char* start;
+        int row_bytes;
+    };
+
+    __device__ Codewords(const PqWeight& w, const CodewordTable& table, const unsigned char* shared) : last_(w.k - 1) {
         const int copy = InShared ? static_cast<int>(threadIdx.x) & (table.copies - 1) : 0;
         start_ = InShared ? shared + copy * sizeof(Piece) : static_cast<const unsigned char*>(w.codebook);
         row_bytes_ = InShared ? table.copies * static_cast<int>(sizeof(Piece)) : w.d * 2;
         piece_bytes_ = InShared ? table.rows * row_bytes_ : static_cast<int>(sizeof(Piece));
+        zeros_ = (table.rows - 1) * row_bytes_;
     }
 
-    // Piece `piece` of the codeword of `code`; 0 where not inside.
+    __device__ __forceinline__ Source source(int piece, bool inside) const {
+        return {start_ + (inside ? piece * piece_bytes_ : InShared ? zeros_ : 0), inside ? row_bytes_ : 0};
+    }
+
     template <typename Code>
-    __device__ __forceinline__ Piece load(int code, int piece, bool inside) const {
+    __device__ __forceinline__ Piece load(const Source& from, int code) const {
+        if (!InShared && from.row_bytes == 0) return {};
         if (sizeof(Code) > 1) code = code < last_ ? code : last_;
-        if (!InShared && !inside) return {};
-        const int row = inside ? code : zeros_;
-        return *reinterpret_cast<const Piece*>(start_ + static_cast<int64_t>(piece) * piece_bytes_ + row * row_bytes_);
+        return *reinterpret_cast<const Piece*>(from.start + code * from.row_bytes);
     }
 
     // By all threads of a block, which has to wait for it.
@@ -73,7 +81,7 @@ class Codewords {
 
   private:
     const unsigned char* start_;
-    int row_bytes_, piece_bytes_, last_, zeros_;
+    int row_bytes_, piece_bytes_, zeros_, last_;
 };
 
 // Count codes of one block, for adjacent outputs.
@@ -83,7 +91,8 @@ struct CodeRun {
     PqWords<Count / kPerWord> codes;
 
     __device__ __forceinline__ int at(int i) const {
-        return codes.word[i / kPerWord] >> (i % kPerWord * 8 * sizeof(Code)) & (sizeof(Code) == 1 ? 0xffu : 0xffffu);
+        const int selector = sizeof(Code) == 1 ? 0x4440 + i % 4 : i % 2 ? 0x4432 : 0x4410;
+        return static_cast<int>(__byte_perm(codes.word[i / kPerWord], 0, selector));
     }
 
     // of outputs `first` on; 0 past the last output or the last block

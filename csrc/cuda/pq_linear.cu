@@ -40,14 +40,16 @@ int by_dtype(int dtype, const Body& body) {
 
 template <typename T>
 int splits(int m, const PqWeight& w) {
-    if constexpr (std::is_same_v<T, float>) return m <= kFewTokens ? pq_few_float_splits(m, w) : pq_float_splits(m, w);
+    if constexpr (std::is_same_v<T, float>)
+        return m <= kFewFloatTokens ? pq_few_float_splits(m, w) : pq_float_splits(m, w);
     return m <= kFewTokens ? pq_few_splits(m, w) : pq_tile_splits(m, w);
 }
 
 template <typename T>
 cudaError_t multiply(const T* x, const PqWeight& w, const PqOutput& out, int m, cudaStream_t stream) {
     if constexpr (std::is_same_v<T, float>) {
-        return m <= kFewTokens ? pq_linear_few_float(x, w, out, m, stream) : pq_linear_float(x, w, out, m, stream);
+        if (m <= kFewFloatTokens) return pq_linear_few_float(x, w, out, m, stream);
+        return pq_linear_float(x, w, out, m, stream);
     } else {
         return m <= kFewTokens ? pq_linear_few(x, w, out, m, stream) : pq_linear_tiles(x, w, out, m, stream);
     }

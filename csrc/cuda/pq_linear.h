@@ -31,9 +31,9 @@ int pq_tile_splits(int m, const PqWeight& w);
 int pq_few_float_splits(int m, const PqWeight& w);
 int pq_float_splits(int m, const PqWeight& w);
 
-constexpr int kFewTokens = 8;
+constexpr int kFewTokens = 16, kFewFloatTokens = 8;
 
-// y [m, n] = x [m, columns] @ W^T in bf16 or f16, and in fp32: of up to kFewTokens tokens, and of any number.
+// y [m, n] = x [m, columns] @ W^T in bf16 or f16, and in fp32: of few tokens, and of any number.
 template <typename T>
 cudaError_t pq_linear_few(const T* x, const PqWeight& w, const PqOutput& out, int m, cudaStream_t stream);
 template <typename T>

@@ -17,26 +17,27 @@ namespace {
 constexpr int kWarps = 16, kThreads = 32 * kWarps;
 constexpr int kMinSteps = 2 * kWarps;
 
-template <typename T, typename Code, int Width, bool InShared, int R>
+template <typename T, typename Code, int Width, bool InShared, int Run>
 __global__ void __launch_bounds__(kThreads)
     pq_linear_few_kernel(const T* __restrict__ x, PqWeight w, CodewordTable table, PqOutput out, int m) {
-    constexpr int kOutputs = 16 * R;
+    constexpr int kOutputs = 8 * Run;
     // steps whose codes are under way while as many are multiplied: 16 to 64 bytes of a thread
-    constexpr int kAhead = sizeof(OctetCodes<Code, Width, 2 * R>) > 16 ? 2 : 4;
+    constexpr int kAhead = sizeof(OctetCodes<Code, Width, Run>) > 8 ? 2 : 4;
     QNK_SHARED_MEMORY(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first_output = blockIdx.x * kOutputs;
     const int columns = w.columns(), pieces = w.d / Width;
     const int stride = kWarps * gridDim.y, steps = (columns + 31) / 32;
+    const uint32_t zero = gridDim.z - 1;  // see multiply_few
 
     const int first_octet = (blockIdx.y * kWarps + warp) * 4 + t;
     const OctetPlace<Width> by(stride * 4, pieces);
     OctetPlace<Width> ahead(first_octet, pieces), place = ahead;
-    OctetCodes<Code, Width, 2 * R> next[kAhead];
+    OctetCodes<Code, Width, Run> next[kAhead];
     const auto load = [&] {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            next[i].load(w, ahead, first_output + g * 2 * R);
+            next[i].load(w, ahead, first_output + g * Run);
             ahead.advance(by, pieces);
         }
     };
@@ -45,41 +46,52 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
 
     const Codewords<Width, InShared> codewords(w, table, shared);
-    const T* token = x + static_cast<int64_t>(g) * columns;
-    PqSumsOfWarp<R, 1> sums;
+    // of a step: the octet of tokens g and g + 8; kAhead is even, so that every other step takes the same registers
+    PqWords<4> octets[2][2];
     int octet = first_octet;
-    for (int step = blockIdx.y * kWarps + warp; step < steps; step += kAhead * stride) {
-        OctetCodes<Code, Width, 2 * R> codes[kAhead];
-        PqWords<4> octets[kAhead][1];
+    const auto load_x = [&](PqWords<4>(&to)[2]) {
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i, octet += stride * 4) {
-            codes[i] = next[i];
-            octets[i][0] = {};
-            if (g < m) octets[i][0] = load_octet(token, octet * 8, columns);
+        for (int i = 0; i < 2; ++i) {
+            const int token = g + 8 * i;
+            to[i] = {};
+            if (token < m) to[i] = load_octet(x + static_cast<int64_t>(token) * columns, octet * 8, columns);
         }
+        octet += stride * 4;
+    };
+    load_x(octets[0]);
+    float sums[Run][4] = {};
+    for (int step = blockIdx.y * kWarps + warp; step < steps; step += kAhead * stride) {
+        OctetCodes<Code, Width, Run> codes[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) codes[i] = next[i];
         load();
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            if (step + i * stride < steps) multiply<T>(sums, codewords, codes[i], place, w.blocks, octets[i]);
+            load_x(octets[(i + 1) % 2]);
+            if (step + i * stride < steps)
+                multiply_few<T>(sums, codewords, codes[i], place, w.blocks, octets[i % 2], zero);
             place.advance(by, pieces);
         }
     }
 
     __syncthreads();  // the table has been read: the sums of all warps, [warp][token][output], take its place
     float* all = reinterpret_cast<float*>(shared);
+    const int tokens = (m + 7) / 8 * 8;
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd)
+    for (int i = 0; i < Run; ++i)
 #pragma unroll
-        for (int i = 0; i < 2 * R; ++i)
-            all[(warp * kFewTokens + 2 * t + odd) * kOutputs + g * 2 * R + i] = sums.at(i, 0, odd);
+        for (int j = 0; j < 4; ++j) {
+            const int of_token = g + j / 2 * 8, output = (2 * t + j % 2) * Run + i;
+            if (of_token < tokens) all[(warp * tokens + of_token) * kOutputs + output] = sums[i][j];
+        }
     __syncthreads();
     for (int i = threadIdx.x; i < m * kOutputs; i += kThreads) {
-        const int token = i / kOutputs, output = first_output + i % kOutputs;
+        const int of_token = i / kOutputs, output = first_output + i % kOutputs;
         if (output >= w.n) continue;
         float total = all[i];
 #pragma unroll
-        for (int other = 1; other < kWarps; ++other) total += all[other * kFewTokens * kOutputs + i];
-        const int64_t at = static_cast<int64_t>(token) * w.n + output;
+        for (int other = 1; other < kWarps; ++other) total += all[other * tokens * kOutputs + i];
+        const int64_t at = static_cast<int64_t>(of_token) * w.n + output;
         if (out.parts)
             out.parts[static_cast<int64_t>(blockIdx.y) * m * w.n + at] = total;
         else
@@ -87,31 +99,25 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-constexpr int sums_bytes(int R) { return kWarps * kFewTokens * 16 * R * 4; }
+bool table_fits(const PqWeight& w) { return codeword_table(w, w.d % 8 ? 4 : 8, 0).rows > 0; }
 
-// Outputs of a block in units of 16: fewer where more would leave multiprocessors idle.
-int units(const PqWeight& w) { return (w.n + 63) / 64 * 10 >= processors() * 9 ? 4 : 2; }
+// Adjacent outputs of a thread, an eighth of those of a block: fewer where more would leave multiprocessors idle, or
+// registers short.
+int run_of(const PqWeight& w) { return table_fits(w) && (w.n + 63) / 64 * 10 >= processors() * 9 ? 8 : 4; }
 
-template <typename T, typename Code, int Width, bool InShared, int R>
+template <typename T, typename Code, int Width, bool InShared, int Run>
 cudaError_t launch_few(const T* x, const PqWeight& w, const CodewordTable& table, const PqOutput& out, int m,
                        cudaStream_t stream) {
-    const dim3 grid((w.n + 16 * R - 1) / (16 * R), out.splits);
-    const int bytes = table.bytes > sums_bytes(R) ? table.bytes : sums_bytes(R);
-    return launch(pq_linear_few_kernel<T, Code, Width, InShared, R>, grid, dim3(kThreads), bytes, stream, x, w, table,
-                  out, m);
-}
-
-template <typename T, typename Code, int Width, bool InShared>
-cudaError_t launch_units(const T* x, const PqWeight& w, const CodewordTable& table, const PqOutput& out, int m,
-                         cudaStream_t stream) {
-    if (units(w) == 4) return launch_few<T, Code, Width, InShared, 4>(x, w, table, out, m, stream);
-    return launch_few<T, Code, Width, InShared, 2>(x, w, table, out, m, stream);
+    const int sums_bytes = kWarps * ((m + 7) / 8 * 8) * 8 * Run * 4;
+    const int bytes = table.bytes > sums_bytes ? table.bytes : sums_bytes;
+    return launch(pq_linear_few_kernel<T, Code, Width, InShared, Run>, dim3((w.n + 8 * Run - 1) / (8 * Run), out.splits),
+                  dim3(kThreads), bytes, stream, x, w, table, out, m);
 }
 
 }  // namespace
 
 int pq_few_splits(int, const PqWeight& w) {
-    const int outputs = 16 * units(w), tiles = (w.n + outputs - 1) / outputs;
+    const int outputs = 8 * run_of(w), tiles = (w.n + outputs - 1) / outputs;
     const int steps = (w.columns() + 31) / 32, most = processors() / tiles;
     const int splits = most < steps / kMinSteps ? most : steps / kMinSteps;
     return splits > 1 ? splits : 1;
@@ -120,7 +126,10 @@ int pq_few_splits(int, const PqWeight& w) {
 template <typename T>
 cudaError_t pq_linear_few(const T* x, const PqWeight& w, const PqOutput& out, int m, cudaStream_t stream) {
     return by_layout(w, 0, [&](auto code, auto width, auto in_shared, const CodewordTable& table) {
-        return launch_units<T, decltype(code), width, in_shared>(x, w, table, out, m, stream);
+        using Code = decltype(code);
+        if constexpr (in_shared)
+            if (run_of(w) == 8) return launch_few<T, Code, width, true, 8>(x, w, table, out, m, stream);
+        return launch_few<T, Code, width, in_shared, 4>(x, w, table, out, m, stream);
     });
 }
 

@@ -17,7 +17,7 @@ constexpr int kMinSteps = 2 * kWarps;
 
 // w: d in units of 16 bits. Tokens >= m.
 template <typename Code, bool InShared, int Tokens>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     pq_linear_few_float_kernel(const float* __restrict__ x, PqWeight w, CodewordTable table, PqOutput out, int m) {
     QNK_SHARED_MEMORY(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -51,10 +51,11 @@ __global__ void __launch_bounds__(kThreads)
             const int at = block + i * stride;
             if (at >= w.blocks) break;
             for (int quad = 0; quad < quads; ++quad) {
+                const auto from = codewords.source(quad, true);
                 float4 codeword[2];
 #pragma unroll
                 for (int o = 0; o < 2; ++o) {
-                    const PqWords<4> bits = codewords.template load<Code>(codes[i][o], quad, true);
+                    const PqWords<4> bits = codewords.template load<Code>(from, codes[i][o]);
                     codeword[o] = make_float4(__uint_as_float(bits.word[0]), __uint_as_float(bits.word[1]),
                                               __uint_as_float(bits.word[2]), __uint_as_float(bits.word[3]));
                 }

@@ -151,15 +151,14 @@ QNK_API int qnk_cuda_fake_quantize(const void* x, int x_dtype, void* y, int y_dt
                                    int64_t inner, const int64_t* bits, int32_t threshold, const int64_t* seed,
                                    void* stream);
 
-// As qnk_cpu_pq_linear, with codebook [k, d] in the dtype of x; d a multiple of 4, arrays 16-byte aligned. Codes past the
-// codebook read its last codeword. With work_bytes it launches nothing, but tells how large `work` has to be.
+// As qnk_cpu_pq_linear, with codebook [k, d] in the dtype of x; d a multiple of 4, arrays 16-byte aligned. Codes past
+// the codebook read its last codeword. With work_bytes it launches nothing, but tells how large `work` has to be.
 QNK_API int qnk_cuda_pq_linear(const void* x, int dtype, const void* codes, int code_bytes, const void* codebook,
                                const float* bias, void* y, int64_t m, int64_t n, int64_t blocks, int64_t k, int64_t d,
                                void* work, int64_t* work_bytes, void* stream);
 
-// grad_x [m, blocks * d], in the dtype of x, sums [k, d] += round(gradient of the codebook * 2^exponent), the gradient
-// being the sum over the blocks of each codeword, and counts [k] += those blocks. All may be null, but exponent only where
-// sums is; m, n and blocks are at least 1.
+// grad_x [m, blocks * d], in the dtype of x; sums [k, d] += round(gradient of W * 2^exponent) over the blocks of each
+// codeword, and counts [k] += those blocks. Each may be null, counts and exponent where sums is. m, n, blocks >= 1.
 QNK_API int qnk_cuda_pq_linear_backward(const void* grad, const void* x, int dtype, const void* codes, int code_bytes,
                                         const void* codebook, void* grad_x, int64_t* sums, int64_t* counts,
                                         const int64_t* exponent, int64_t m, int64_t n, int64_t blocks, int64_t k,

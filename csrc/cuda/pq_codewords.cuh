@@ -2,7 +2,7 @@
 //
 // Shared memory serves 128 bytes in a cycle, so that 8 lanes get 16 bytes each when no two of them need the same four
 // banks. The table of codewords has as many copies side by side as a cycle serves lanes, and each lane reads its own:
-// random codes never collide. A table that does not fit so often is there in fewer copies, or is read through the cache.
+// random codes never collide. A table that does not fit so often has fewer copies, or is read through the cache.
 #pragma once
 
 #include <type_traits>
@@ -64,18 +64,19 @@ class Codewords {
         return *reinterpret_cast<const Piece*>(from.start + code * from.row_bytes);
     }
 
-    // By all threads of a block, which has to wait for it.
+    // By all threads of a block, which has to wait for it. A piece is read once; lanes write its copies in turns that
+    // keep them on different banks.
     static __device__ void fill(const PqWeight& w, const CodewordTable& table, unsigned char* shared) {
         if (!InShared) return;
         const auto* codebook = static_cast<const unsigned char*>(w.codebook);
-        const int entries = table.bytes / static_cast<int>(sizeof(Piece));
-        for (int i = threadIdx.x; i < entries; i += blockDim.x) {
-            const int line = i / table.copies, row = line % table.rows, piece = line / table.rows;
-            const int source = row < w.k ? row : w.k - 1;
+        const int lines = table.rows * (w.d * 2 / static_cast<int>(sizeof(Piece)));
+        for (int line = threadIdx.x; line < lines; line += blockDim.x) {
+            const int row = line % table.rows, piece = line / table.rows, code = row < w.k ? row : w.k - 1;
             Piece value = {};
             if (row < table.rows - 1)
-                value = *reinterpret_cast<const Piece*>(codebook + source * w.d * 2 + piece * sizeof(Piece));
-            *reinterpret_cast<Piece*>(shared + i * sizeof(Piece)) = value;
+                value = *reinterpret_cast<const Piece*>(codebook + code * w.d * 2 + piece * sizeof(Piece));
+            auto* copies = reinterpret_cast<Piece*>(shared) + line * table.copies;
+            for (int i = 0; i < table.copies; ++i) copies[(i + line) & (table.copies - 1)] = value;
         }
     }
 
@@ -151,7 +152,7 @@ __device__ __forceinline__ PqWords<4> load_octet(const T* row, int first, int le
     return octet;
 }
 
-// The same to shared memory at the next wait for copies and barrier. row may be null where not inside.
+// The same of one of `rows`, or zeros where not inside, to shared memory: there after the next wait and barrier.
 template <typename T>
 __device__ __forceinline__ void stage_octet(PqWords<4>* to, const T* rows, int64_t row, bool inside, int first,
                                             int length) {
@@ -163,8 +164,8 @@ __device__ __forceinline__ void stage_octet(PqWords<4>* to, const T* rows, int64
     }
 }
 
-// launch(code of the weight's type, width of its pieces, whether the table is in shared memory, the table). Codes of one
-// byte always have one: 257 codewords of up to 64 elements take 33 KiB.
+// launch(code of the weight's type, width of its pieces, whether the table is in shared memory, the table). Codes of
+// one byte always have one: 257 codewords of up to 64 elements take 33 KiB (fp32: 66).
 template <typename Launch>
 cudaError_t by_layout(const PqWeight& w, int other_bytes, const Launch& launch) {
     const auto of_width = [&](auto width) {

@@ -21,11 +21,12 @@ struct OctetCodes {
     }
 };
 
-// sums[i] += x @ W^T for 32 columns and up to 16 tokens, of which this thread has the octet at `place`. x: that octet of
-// the tokens g and g + 8. Codewords are the operand of 8 columns, whose two registers are adjacent words of one codeword:
-// with them as the one of 16 rows, every other register would be another codeword's, and moves, not shared memory, the
-// bound. The words of x, which come in fours too, are moved once; `zero`, of which the compiler does not know that it is 0,
-// keeps it from moving them anew for every product. sums[i]: (token g, run 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), of output i of a run.
+// sums[i] += x @ W^T for 32 columns and up to 16 tokens, of which this thread has the octet at `place`. x: that octet
+// of the tokens g and g + 8. sums[i]: (token g, run 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), output i of the run.
+// Codewords are the operand of 8 columns, whose two registers are adjacent words of one codeword: with them as the one
+// of 16 rows, every other register would be another codeword's, and moves as many as loads are long. The words of x,
+// which are loaded in fours, have to be moved once; `zero`, of which the compiler does not know that it is 0, keeps it
+// from moving them anew for every product (70 instructions a step instead of 96).
 template <typename T, typename Code, int Width, bool InShared, int Run>
 __device__ __forceinline__ void multiply_few(float (&sums)[Run][4], const Codewords<Width, InShared>& codewords,
                                              const OctetCodes<Code, Width, Run>& codes, const OctetPlace<Width>& place,
@@ -59,8 +60,8 @@ struct PqSumsOfWarp {
     __device__ __forceinline__ float at(int i, int tile, int odd) const { return of[i / 2][tile][i % 2 * 2 + odd]; }
 };
 
-// sums += W @ x^T for 32 columns, of which this thread has the octet at `place`: the codes of its run, and x [token g of
-// each tile][octet].
+// sums += W @ x^T for 32 columns, of which this thread has the octet at `place`: the codes of its run, and x
+// [token g of each tile][octet].
 template <typename T, typename Code, int Width, bool InShared, int R, int Tiles>
 __device__ __forceinline__ void multiply(PqSumsOfWarp<R, Tiles>& sums, const Codewords<Width, InShared>& codewords,
                                          const OctetCodes<Code, Width, 2 * R>& codes, const OctetPlace<Width>& place,
@@ -87,8 +88,8 @@ __device__ __forceinline__ void multiply(PqSumsOfWarp<R, Tiles>& sums, const Cod
     }
 }
 
-// sums += W^T @ grad^T for 32 outputs, of which this thread has 8 in one octet of columns, at `place`; `outputs` of them
-// exist. grad [token g of each tile][8 outputs]. Two codewords are joined into pairs along
+// sums += W^T @ grad^T for 32 outputs, of which this thread has 8 in one octet of columns, at `place`; `outputs` of
+// them exist. grad [token g of each tile][8 outputs]. Two codewords are joined into pairs along
 // the outputs, a byte permutation per word.
 template <typename T, typename Code, int Width, bool InShared, int Tiles>
 __device__ __forceinline__ void multiply_transposed(PqSumsOfWarp<4, Tiles>& sums,

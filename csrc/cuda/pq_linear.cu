@@ -58,7 +58,8 @@ cudaError_t multiply(const T* x, const PqWeight& w, const PqOutput& out, int m, 
 // The sizes that 32-bit indices inside the kernels allow.
 bool serves(int code_bytes, int64_t m, int64_t n, int64_t blocks, int64_t k, int64_t d) {
     constexpr int64_t most = 1 << 30;
-    return (code_bytes == 1 || code_bytes == 2) && d % 4 == 0 && m < most && n < most && blocks * d < most && k * d < most;
+    const bool indices = m < most && n < most && blocks * d < most && k * d < most;
+    return (code_bytes == 1 || code_bytes == 2) && d % 4 == 0 && indices;
 }
 
 }  // namespace

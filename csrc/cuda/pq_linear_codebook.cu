@@ -5,9 +5,10 @@
 // Both operands have tokens along k but rows of tokens in memory, which ldmatrix transposes; a row of 256 bytes is
 // stored with its 16-byte chunks permuted by the token, so that the 8 rows of a matrix lie in different banks.
 //
-// 8192x8192, 512 tokens on H100: 69 GFLOP, 69 us at the dense peak, 115 us at the 60 % of mma.sync. The scatter is
-// 67 million terms with two shared atomics each, about 4 cycles a warp and collision-free, three times that with
-// random codes: 8 M / 132 warp instructions, 75 to 220 us whatever the batch.
+// 8192x8192, 512 tokens on H100: 69 GFLOP, 69 us at the dense peak, 115 us at the 60 % of mma.sync. The scatter is 67
+// million terms of two atomics each, 4.2 million warp instructions, 32,000 a multiprocessor: at 4 cycles each 75 us, at
+// 12, with the collisions of random codes, 220 us, whatever the batch. Predicted: 200 to 330 us, as the two alternate.
+// 199 to 204 registers; 48 KiB of stages and 17 KiB of sums (K = 256, d = 8): two blocks a multiprocessor.
 #include "cuda/pq_sums.cuh"
 
 namespace qnk {

@@ -1,14 +1,21 @@
-// pq_linear for up to 8 tokens in bf16 or f16: the whole depth of a few outputs in one block, 16 warps sharing it.
+// pq_linear for up to 16 tokens in bf16 or f16: the whole depth of 64 (or 32) outputs in one block, 16 warps sharing it.
 //
-// A warp takes every 16th step of 32 columns: a thread reads the codes of 2 R adjacent outputs for its octet, their
-// codewords from the table, and one octet of x; tensor cores multiply, so that 8 tokens cost what one does. The sums of
-// the warps are added in their order.
+// A warp takes every 16th step of 32 columns: a thread reads the codes of 8 (or 4) adjacent outputs for its octet, their
+// codewords from the table, and the octet of two tokens; tensor cores multiply, so that 16 tokens cost little more than
+// one. The sums of the warps are added in their order, and where there are few outputs, blocks share the depth too.
 //
-// 8192x8192, d = 8, K = 256 on H100 (132 multiprocessors, 1.7 GHz): codes 8.4 MB, 2.5 us from memory; codewords 2 bytes
-// a weight, 134 MB at 128 bytes a cycle and multiprocessor, 4.7 us: this is the bound. A table of products x . codeword
-// takes one 4-byte look-up per code, but random ones collide (3.5 cycles of 32 lanes where 16-byte ones of 8 lanes take
-// 4): 4.2 us for one token, and as much again for each further one. Products by plain threads: 19 instructions a code,
-// 5.5 us for one token, 8 more a token.
+// 8192x8192, d = 8, K = 256 on H100 (132 multiprocessors, 1.7 GHz), 8.4 M codes:
+//   codes from memory                       8.4 MB                                    2.5 us
+//   codewords from shared memory            134 MB, 128 bytes a cycle                 4.7 us   the bound
+//   products                                16 of a step, 32 cycles (A100) or 26      4.7 or 3.8 us
+//   instructions                            70 of a step and warp, 25 to load, 4 a cycle   3.5 us
+//   x from the second level                 16 KiB per block and token, 128 blocks    0.4 us a token
+// Predicted: 6 us with the start, the table and the sums for one token, 10 us for 16. What else there is: a table of
+// products x . codeword takes one 4-byte look-up per code, but random ones collide (3.5 cycles of 32 lanes where 16-byte
+// ones of 8 lanes take 4): 4.2 us for one token, as much again for each further one. Products by plain threads: 19
+// instructions a code, 5.5 us for one token, 8 more a token.
+// Up to 128 registers and, for d = 8 or less and K up to 256, 33 KiB (sums of 16 tokens: 64 KiB): one block of 512
+// threads a multiprocessor.
 #include "cuda/pq_fragments.cuh"
 
 namespace qnk {
@@ -42,10 +49,6 @@ __global__ void __launch_bounds__(kThreads)
         }
     };
     load();
-    Codewords<Width, InShared>::fill(w, table, shared);
-    __syncthreads();
-
-    const Codewords<Width, InShared> codewords(w, table, shared);
     // of a step: the octet of tokens g and g + 8; kAhead is even, so that every other step takes the same registers
     PqWords<4> octets[2][2];
     int octet = first_octet;
@@ -59,6 +62,10 @@ __global__ void __launch_bounds__(kThreads)
         octet += stride * 4;
     };
     load_x(octets[0]);
+    Codewords<Width, InShared>::fill(w, table, shared);
+    __syncthreads();
+
+    const Codewords<Width, InShared> codewords(w, table, shared);
     float sums[Run][4] = {};
     for (int step = blockIdx.y * kWarps + warp; step < steps; step += kAhead * stride) {
         OctetCodes<Code, Width, Run> codes[kAhead];
@@ -110,8 +117,9 @@ cudaError_t launch_few(const T* x, const PqWeight& w, const CodewordTable& table
                        cudaStream_t stream) {
     const int sums_bytes = kWarps * ((m + 7) / 8 * 8) * 8 * Run * 4;
     const int bytes = table.bytes > sums_bytes ? table.bytes : sums_bytes;
-    return launch(pq_linear_few_kernel<T, Code, Width, InShared, Run>, dim3((w.n + 8 * Run - 1) / (8 * Run), out.splits),
-                  dim3(kThreads), bytes, stream, x, w, table, out, m);
+    const dim3 grid((w.n + 8 * Run - 1) / (8 * Run), out.splits);
+    return launch(pq_linear_few_kernel<T, Code, Width, InShared, Run>, grid, dim3(kThreads), bytes, stream, x, w, table,
+                  out, m);
 }
 
 }  // namespace

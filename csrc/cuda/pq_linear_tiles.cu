@@ -1,14 +1,17 @@
-// pq_linear for many tokens, and its gradient of x, in bf16 or f16: tiles of tensor-core products over codewords that go
-// from the table into the registers of the product, while x (or grad) comes through a pipeline of copies.
+// pq_linear for many tokens, and its gradient of x, in bf16 or f16: tiles of tensor-core products over codewords that
+// go from the table into the registers of the product, while x (or grad) comes through a pipeline of copies.
 //
-// Both have one form: y [m, width] = x [m, depth] @ B, B = W^T with depth the columns of W, or B = W with depth its
+// Both have one form: y [m, width] = x [m, depth] @ B, with B = W^T and depth the columns of W, or B = W and depth its
 // outputs. A step is 32 of the depth; a stage of the pipeline holds it for all tokens of the tile, so that the octets of
 // a warp's 32 lanes are 512 bytes in a row: no two lanes need the same banks.
 //
 // Of a warp and 16 of the depth: 16 R rows of 32 bytes of codewords, 8 Tiles tokens of 32 bytes, and R * Tiles products
 // of 2 cycles on A100 (1.6 on H100, as far as mma.sync goes). R = 4, Tiles = 8: 32 cycles of shared memory, 64 (50) of
 // products. R = 2, Tiles = 4: 16 and 16 (13).
-// 8192x8192, 256 tokens on H100: 34 GFLOP, 35 us at the dense peak, of which mma.sync reaches 60 %: 58 us.
+// 8192x8192, 256 tokens on H100: 34 GFLOP, 35 us at the dense peak, of which mma.sync reaches 60 %: 58 us predicted. 32
+// tokens: 8.2 us of shared memory, 12 us predicted with the parts of the sums.
+// Large: 202 to 234 registers, two blocks a multiprocessor; 33 KiB of stages, 33 KiB for d = 8, K = 256. Small: 78 to 92
+// registers, 8 KiB of stages, five blocks.
 #include "cuda/pq_fragments.cuh"
 
 namespace qnk {
@@ -37,11 +40,13 @@ __global__ void __launch_bounds__(kThreads)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int warp_wide = warp % S::Wide, warp_long = warp / S::Wide;
     const int depth = Transposed ? w.n : w.columns(), width = Transposed ? w.columns() : w.n;
+    const unsigned tiles_wide = (width + S::kWidth - 1) / S::kWidth;
     const int pieces = w.d / Width, all_steps = (depth + 31) / 32;
-    const int first_step = static_cast<int>(static_cast<int64_t>(all_steps) * blockIdx.z / gridDim.z);
-    const int last_step = static_cast<int>(static_cast<int64_t>(all_steps) * (blockIdx.z + 1) / gridDim.z);
-    const int first = blockIdx.x * S::kWidth + (warp_wide * 8 + g) * kRun;  // of this thread's run of the width
-    const int64_t first_token = static_cast<int64_t>(blockIdx.y) * S::kTokens;
+    const int first_step = static_cast<int>(static_cast<int64_t>(all_steps) * blockIdx.y / gridDim.y);
+    const int last_step = static_cast<int>(static_cast<int64_t>(all_steps) * (blockIdx.y + 1) / gridDim.y);
+    // of this thread's run of the width
+    const int first = static_cast<int>(blockIdx.x % tiles_wide) * S::kWidth + (warp_wide * 8 + g) * kRun;
+    const int64_t first_token = static_cast<int64_t>(blockIdx.x / tiles_wide) * S::kTokens;
 
     const auto stage = [&](int step) {
         if (step < last_step) {
@@ -96,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
             for (int i = 0; i < kRun; ++i) run[i] = sums.at(i, tile, odd);
             const int64_t at = token * width + first;
             if (out.parts) {
-                store_run(out.parts + static_cast<int64_t>(blockIdx.z) * m * width + at, run, width - first,
+                store_run(out.parts + static_cast<int64_t>(blockIdx.y) * m * width + at, run, width - first,
                           width % kRun == 0);
                 continue;
             }
@@ -112,7 +117,9 @@ __global__ void __launch_bounds__(kThreads)
 template <typename S, bool Transposed, typename T>
 cudaError_t launch_tiles(const T* x, const PqWeight& w, const PqOutput& out, int m, cudaStream_t stream) {
     const int width = Transposed ? w.columns() : w.n, stage_bytes = kStages * S::kStageBytes + 128;
-    const dim3 grid((width + S::kWidth - 1) / S::kWidth, (m + S::kTokens - 1) / S::kTokens, out.splits);
+    const int64_t tiles =
+        static_cast<int64_t>((width + S::kWidth - 1) / S::kWidth) * ((m + S::kTokens - 1) / S::kTokens);
+    const dim3 grid(static_cast<unsigned>(tiles), out.splits);
     return by_layout(w, stage_bytes, [&](auto code, auto piece, auto in_shared, const CodewordTable& table) {
         return launch(pq_linear_tiles_kernel<T, decltype(code), piece, in_shared, S, Transposed>, grid, dim3(kThreads),
                       table.bytes + stage_bytes, stream, x, w, table, out, m);

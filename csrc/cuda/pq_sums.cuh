@@ -51,7 +51,7 @@ class CodewordSums {
         const int entries = k_ * d_;
         for (int i = threadIdx.x; i < entries; i += blockDim.x) {
             const uint64_t sum = static_cast<uint64_t>(low_[entries + i]) << 32 | low_[i];
-            if (sum) atomicAdd(reinterpret_cast<unsigned long long*>(to_.sums) + i, static_cast<unsigned long long>(sum));
+            atomicAdd(reinterpret_cast<unsigned long long*>(to_.sums) + i, static_cast<unsigned long long>(sum));
         }
         for (int i = threadIdx.x; to_.counts && i < k_; i += blockDim.x)
             atomicAdd(reinterpret_cast<unsigned long long*>(to_.counts) + i,

@@ -25,8 +25,8 @@ WEIGHTS = (
     (19, 2, 64, 16),
     (64, 9, 16, 257),
     (96, 5, 8, 1024),
-    (24, 6, 8, 60_000),
-    (35, 11, 3, 50_000),
+    (24, 6, 8, 7000),
+    (35, 11, 3, 13_000),
 )
 ROWS = (1, 3, 8, 9, 16, 17, 65, 130)
 
@@ -162,7 +162,7 @@ def test_gradients_of_zeros_and_of_extreme_sizes():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n_centroids", [4, 300, 60_000])
+@pytest.mark.parametrize("n_centroids", [4, 300, 13_000])
 def test_a_codeword_that_is_not_finite_stays_where_it_is_used(n_centroids, dtype):
     """Codeword 0 fills idle lanes and rows, which must not spread its infinity."""
     generator = torch.Generator().manual_seed(2)
@@ -184,7 +184,7 @@ def test_a_codeword_that_is_not_finite_stays_where_it_is_used(n_centroids, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_codes_past_the_codebook_read_its_end_and_get_no_gradient(dtype):
-    for n_centroids, wrong in ((5, 255), (300, 65_535), (60_000, 65_535)):
+    for n_centroids, wrong in ((5, 255), (300, 65_535), (7000, 65_535)):
         codes, codebook, _ = weight(9, 3, 8, n_centroids, dtype, False, torch.Generator().manual_seed(5))
         codes[4, 1] = wrong
         last = codes.clone()

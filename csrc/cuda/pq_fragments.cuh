@@ -22,11 +22,11 @@ struct OctetCodes {
 };
 
 // sums[i] += x @ W^T for 32 columns and up to 16 tokens, of which this thread has the octet at `place`. x: that octet
-// of the tokens g and g + 8. sums[i]: (token g, run 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), output i of the run.
-// Codewords are the operand of 8 columns, whose two registers are adjacent words of one codeword: with them as the one
-// of 16 rows, every other register would be another codeword's, and moves as many as loads are long. The words of x,
-// which are loaded in fours, have to be moved once; `zero`, of which the compiler does not know that it is 0, keeps it
-// from moving them anew for every product (70 instructions a step instead of 96).
+// of the tokens g and g + 8. sums[i]: (token g, run 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), output i of the
+// run. Codewords are the operand of 8 columns, whose two registers are adjacent words of one codeword: with them as
+// that of 16 rows, every other register would be another codeword's, and moves as many as loads are long. The words
+// of x, which are loaded in fours, have to be moved once; `zero`, of which the compiler does not know that it is 0,
+// keeps it from moving them anew for every product (70 instructions a step instead of 96).
 template <typename T, typename Code, int Width, bool InShared, int Run>
 __device__ __forceinline__ void multiply_few(float (&sums)[Run][4], const Codewords<Width, InShared>& codewords,
                                              const OctetCodes<Code, Width, Run>& codes, const OctetPlace<Width>& place,

@@ -1,8 +1,9 @@
-// pq_linear for up to 16 tokens in bf16 or f16: the whole depth of 64 (or 32) outputs in one block, 16 warps sharing it.
+// pq_linear for up to 16 tokens in bf16 or f16: the whole depth of 64 (or 32) outputs in one block of 16 warps.
 //
-// A warp takes every 16th step of 32 columns: a thread reads the codes of 8 (or 4) adjacent outputs for its octet, their
-// codewords from the table, and the octet of two tokens; tensor cores multiply, so that 16 tokens cost little more than
-// one. The sums of the warps are added in their order, and where there are few outputs, blocks share the depth too.
+// A warp takes every 16th step of 32 columns: a thread reads the codes of 8 (or 4) adjacent outputs for its octet,
+// their codewords from the table, and the octet of two tokens; tensor cores multiply, so that 16 tokens cost little
+// more than one. The sums of the warps are added in their order, and where there are few outputs, blocks share the
+// depth too.
 //
 // 8192x8192, d = 8, K = 256 on H100 (132 multiprocessors, 1.7 GHz), 8.4 M codes:
 //   codes from memory                       8.4 MB                                    2.5 us
@@ -11,11 +12,10 @@
 //   instructions                            70 of a step and warp, 25 to load, 4 a cycle   3.5 us
 //   x from the second level                 16 KiB per block and token, 128 blocks    0.4 us a token
 // Predicted: 6 us with the start, the table and the sums for one token, 10 us for 16. What else there is: a table of
-// products x . codeword takes one 4-byte look-up per code, but random ones collide (3.5 cycles of 32 lanes where 16-byte
-// ones of 8 lanes take 4): 4.2 us for one token, as much again for each further one. Products by plain threads: 19
-// instructions a code, 5.5 us for one token, 8 more a token.
-// Up to 128 registers and, for d = 8 or less and K up to 256, 33 KiB (sums of 16 tokens: 64 KiB): one block of 512
-// threads a multiprocessor.
+// products x . codeword takes one 4-byte look-up per code, but random ones collide (3.5 cycles of 32 lanes where
+// 16-byte ones of 8 lanes take 4): 4.2 us for one token, as much again for each further one. Products by plain
+// threads: 19 instructions a code, 5.5 us for one token, 8 more a token. Up to 128 registers and, for d = 8 or less
+// and K up to 256, 33 KiB (sums of 16 tokens: 64 KiB): one block of 512 threads a multiprocessor.
 #include "cuda/pq_fragments.cuh"
 
 namespace qnk {

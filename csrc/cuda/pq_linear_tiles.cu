@@ -1,17 +1,16 @@
 // pq_linear for many tokens, and its gradient of x, in bf16 or f16: tiles of tensor-core products over codewords that
 // go from the table into the registers of the product, while x (or grad) comes through a pipeline of copies.
 //
-// Both have one form: y [m, width] = x [m, depth] @ B, with B = W^T and depth the columns of W, or B = W and depth its
-// outputs. A step is 32 of the depth; a stage of the pipeline holds it for all tokens of the tile, so that the octets of
-// a warp's 32 lanes are 512 bytes in a row: no two lanes need the same banks.
+// Both have one form: y [m, width] = x [m, depth] @ B, with B = W^T and depth the columns of W, or B = W and depth
+// its outputs. A step is 32 of the depth; a stage of the pipeline holds it for all tokens of the tile, so that the
+// octets of a warp's 32 lanes are 512 bytes in a row: no two lanes need the same banks.
 //
-// Of a warp and 16 of the depth: 16 R rows of 32 bytes of codewords, 8 Tiles tokens of 32 bytes, and R * Tiles products
-// of 2 cycles on A100 (1.6 on H100, as far as mma.sync goes). R = 4, Tiles = 8: 32 cycles of shared memory, 64 (50) of
-// products. R = 2, Tiles = 4: 16 and 16 (13).
-// 8192x8192, 256 tokens on H100: 34 GFLOP, 35 us at the dense peak, of which mma.sync reaches 60 %: 58 us predicted. 32
-// tokens: 8.2 us of shared memory, 12 us predicted with the parts of the sums.
-// Large: 202 to 234 registers, two blocks a multiprocessor; 33 KiB of stages, 33 KiB for d = 8, K = 256. Small: 78 to 92
-// registers, 8 KiB of stages, five blocks.
+// Of a warp and 16 of the depth: 16 R rows of 32 bytes of codewords, 8 Tiles tokens of 32 bytes, and R * Tiles
+// products of 2 cycles on A100 (1.6 on H100, as far as mma.sync goes). R = 4, Tiles = 8: 32 cycles of shared memory,
+// 64 (50) of products. R = 2, Tiles = 4: 16 and 16 (13). 8192x8192, 256 tokens on H100: 34 GFLOP, 35 us at the dense
+// peak, of which mma.sync reaches 60 %: 58 us predicted. 32 tokens: 8.2 us of shared memory, 12 us predicted with the
+// parts of the sums. Large: 202 to 234 registers, two blocks a multiprocessor; 33 KiB of stages, 33 KiB for d = 8, K
+// = 256. Small: 78 to 92 registers, 8 KiB of stages, five blocks.
 #include "cuda/pq_fragments.cuh"
 
 namespace qnk {

@@ -151,11 +151,22 @@ QNK_API int qnk_cuda_fake_quantize(const void* x, int x_dtype, void* y, int y_dt
                                    int64_t inner, const int64_t* bits, int32_t threshold, const int64_t* seed,
                                    void* stream);
 
+// As qnk_cpu_int_linear; bias of bias_dtype. zero_point below 2^bits. Where the number of parts below is not 1, the sums
+// are taken in so many parts, which need workspace fp32 [parts, m, n].
+QNK_API int qnk_cuda_int_linear(const void* x, int dtype, const uint8_t* weight, const float* scale,
+                                const uint8_t* zero_point, const void* bias, int bias_dtype, void* y,
+                                float* workspace, int64_t m, int64_t n, int64_t k, int64_t groups, int bits,
+                                void* stream);
+QNK_API int qnk_cuda_int_linear_parts(int dtype, int64_t m, int64_t n, int64_t k, int64_t groups, int bits);
+
 // As qnk_cpu_pq_linear, with codebook [k, d] in the dtype of x; d a multiple of 4, arrays 16-byte aligned. Codes past
-// the codebook read its last codeword. With work_bytes it launches nothing, but tells how large `work` has to be.
+// the codebook read its last codeword. Where the number of parts below is not 1, the sums are taken in so many parts,
+// which need workspace fp32 [parts, m, n].
 QNK_API int qnk_cuda_pq_linear(const void* x, int dtype, const void* codes, int code_bytes, const void* codebook,
                                const float* bias, void* y, int64_t m, int64_t n, int64_t blocks, int64_t k, int64_t d,
-                               void* work, int64_t* work_bytes, void* stream);
+                               float* workspace, void* stream);
+QNK_API int qnk_cuda_pq_linear_parts(int dtype, int code_bytes, int64_t m, int64_t n, int64_t blocks, int64_t k,
+                                     int64_t d);
 
 // grad_x [m, blocks * d], in the dtype of x; sums [k, d] += round(gradient of W * 2^exponent) over the blocks of each
 // codeword, and counts [k] += those blocks. Each may be null, counts and exponent where sums is. m, n, blocks >= 1.

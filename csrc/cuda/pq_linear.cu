@@ -67,7 +67,7 @@ bool serves(int code_bytes, int64_t m, int64_t n, int64_t blocks, int64_t k, int
 
 int qnk_cuda_pq_linear(const void* x, int dtype, const void* codes, int code_bytes, const void* codebook,
                        const float* bias, void* y, int64_t m, int64_t n, int64_t blocks, int64_t k, int64_t d,
-                       void* work, int64_t* work_bytes, void* stream) {
+                       float* workspace, void* stream) {
     using namespace qnk;
     if (!serves(code_bytes, m, n, blocks, k, d)) return QNK_BAD_DTYPE;
     const PqWeight w{codes, codebook, code_bytes, static_cast<int>(n), static_cast<int>(blocks), static_cast<int>(k),
@@ -77,15 +77,25 @@ int qnk_cuda_pq_linear(const void* x, int dtype, const void* codes, int code_byt
     return by_dtype(dtype, [&](auto* type) -> int {
         using T = std::remove_pointer_t<decltype(type)>;
         const int parts = splits<T>(tokens, w);
-        if (work_bytes) {
-            *work_bytes = parts > 1 ? parts * m * n * static_cast<int64_t>(sizeof(float)) : 0;
-            return QNK_OK;
-        }
-        const PqOutput out{y, parts > 1 ? static_cast<float*>(work) : nullptr, bias, parts};
+        const PqOutput out{y, parts > 1 ? workspace : nullptr, bias, parts};
         const cudaError_t error = multiply(static_cast<const T*>(x), w, out, tokens, on);
         if (error != cudaSuccess || parts == 1) return cuda_status(error);
         return cuda_status(pq_add_parts<T>(out, tokens, w.n, on));
     });
+}
+
+int qnk_cuda_pq_linear_parts(int dtype, int code_bytes, int64_t m, int64_t n, int64_t blocks, int64_t k, int64_t d) {
+    using namespace qnk;
+    if (!serves(code_bytes, m, n, blocks, k, d)) return 1;
+    const PqWeight w{nullptr, nullptr, code_bytes, static_cast<int>(n), static_cast<int>(blocks), static_cast<int>(k),
+                     static_cast<int>(d)};
+    const int tokens = static_cast<int>(m);
+    switch (dtype) {
+        case QNK_F32: return splits<float>(tokens, w);
+        case QNK_BF16: return splits<bf16>(tokens, w);
+        case QNK_F16: return splits<f16>(tokens, w);
+        default: return 1;
+    }
 }
 
 int qnk_cuda_pq_linear_backward(const void* grad, const void* x, int dtype, const void* codes, int code_bytes,

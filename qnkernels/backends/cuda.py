@@ -8,14 +8,14 @@ import torch
 from ..reference.philox import threshold
 from . import BackendUnavailable
 from .cuda_pq import PqKernels
-from .native import CUDA_ARGTYPES, DTYPES, declare, layout, open_library, raise_for_status
+from .native import CUDA_ARGTYPES, CUDA_QUERIES, DTYPES, declare, layout, open_library, raise_for_status
 
 CUDA_ERROR = 5
 
 
 def load() -> dict[str, Callable]:
     library = open_library("cuda")
-    functions = declare(library, "cuda", CUDA_ARGTYPES)
+    functions = declare(library, "cuda", CUDA_ARGTYPES | CUDA_QUERIES)
     if not torch.cuda.is_available():
         raise BackendUnavailable(
             "torch sees no CUDA device; install a CUDA build of torch on a machine with a GPU"
@@ -42,6 +42,10 @@ class CudaKernels(PqKernels):
             raise RuntimeError(f"{name}: {self._last_error().decode()}")
         raise_for_status(status)
 
+    def _query(self, name: str, device: torch.device, *arguments) -> int:
+        with torch.cuda.device(device):
+            return self._c[name](*arguments)
+
     def fake_quantize(self, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, dtype=None):
         y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
         _, channels, inner = layout(x, axis, group_size)
@@ -52,3 +56,21 @@ class CudaKernels(PqKernels):
             *(bits.data_ptr(), threshold(p), seed.data_ptr()),
         )
         return y
+
+    def int_linear(self, x, weight, scale, zero_point, bias, bits):
+        (m, k), (n, groups) = x.shape, scale.shape
+        y = x.new_empty(m, n)
+        if bias is not None:
+            bias = bias.contiguous()
+        parts = self._query("int_linear_parts", x.device, DTYPES[x.dtype], m, n, k, groups, bits)
+        workspace = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else None
+        self._launch(
+            *("int_linear", x.device, x.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), scale.data_ptr()),
+            *(_pointer(zero_point), _pointer(bias), 0 if bias is None else DTYPES[bias.dtype]),
+            *(y.data_ptr(), _pointer(workspace), m, n, k, groups, bits),
+        )
+        return y
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

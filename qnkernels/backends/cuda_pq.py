@@ -1,7 +1,5 @@
 """Bindings of the CUDA C++ kernels of product-quantized layers."""
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 
@@ -12,7 +10,7 @@ QUAD = 4  # the kernels read codewords in quads; others are padded with zeros
 
 
 class PqKernels:
-    """Part of CudaKernels, whose _launch and _call it uses."""
+    """Part of CudaKernels, whose _launch and _query it uses."""
 
     def pq_linear(self, x, codes, codebook, bias):
         """The codebook is rounded to the dtype of x, and products are added in fp32."""
@@ -22,14 +20,25 @@ class PqKernels:
             return y
         x, by_block, codebook = _in_quads(x, d), _by_block(codes), _codewords(codebook, x.dtype)
         bias = None if bias is None else bias.float().contiguous()
-        arguments = (
-            *(x.data_ptr(), DTYPES[x.dtype], by_block.data_ptr(), codes.element_size(), codebook.data_ptr()),
-            *(_pointer(bias), y.data_ptr(), m, n, n_blocks, k, codebook.shape[1]),
+        dtype, code_bytes, sizes = (
+            DTYPES[x.dtype],
+            codes.element_size(),
+            (m, n, n_blocks, k, codebook.shape[1]),
         )
-        size = ctypes.c_int64()
-        self._launch("pq_linear", x.device, *arguments, None, ctypes.byref(size))
-        work = x.new_empty(size.value, dtype=torch.uint8) if size.value else None
-        self._launch("pq_linear", x.device, *arguments, _pointer(work), None)
+        parts = self._query("pq_linear_parts", x.device, dtype, code_bytes, *sizes)
+        workspace = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else None
+        self._launch(
+            *(
+                "pq_linear",
+                x.device,
+                x.data_ptr(),
+                dtype,
+                by_block.data_ptr(),
+                code_bytes,
+                codebook.data_ptr(),
+            ),
+            *(_pointer(bias), y.data_ptr(), *sizes, _pointer(workspace)),
+        )
         return y
 
     def pq_linear_backward(self, grad, x, codes, codebook, mean, needs_x, needs_codebook):

@@ -62,14 +62,23 @@ CPU_ARGTYPES = {
 }
 CUDA_ARGTYPES = {
     "fake_quantize": [*_FAKE_QUANTIZE, POINTER],
+    "int_linear": [
+        *(POINTER, INT, POINTER, POINTER, POINTER, POINTER, INT, POINTER, POINTER),
+        *(SIZE, SIZE, SIZE, SIZE, INT, POINTER),
+    ],
     "pq_linear": [
         *(POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, SIZE),
-        *(POINTER, ctypes.POINTER(SIZE), POINTER),
+        *(POINTER, POINTER),
     ],
     "pq_linear_backward": [
         *(POINTER, POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER),
         *(SIZE, SIZE, SIZE, SIZE, SIZE, POINTER),
     ],
+}
+# Functions that launch nothing and return a number, not a status.
+CUDA_QUERIES = {
+    "int_linear_parts": [INT, SIZE, SIZE, SIZE, SIZE, INT],
+    "pq_linear_parts": [INT, INT, SIZE, SIZE, SIZE, SIZE, SIZE],
 }
 
 STATUS = {

@@ -30,7 +30,8 @@ Guarded::Guarded(size_t bytes, size_t alignment, bool at_end) : bytes_(bytes) {
     pages_ = static_cast<unsigned char*>(all) + kGuard;
     mprotect(pages_, accessible_, PROT_READ | PROT_WRITE);
     memset(pages_, kCanary, accessible_);
-    const size_t start = at_end ? (accessible_ - bytes) / alignment * alignment : alignment < 64 ? alignment : 0;
+    size_t start = at_end ? (accessible_ - bytes) / alignment * alignment : 0;
+    if (alignment < 64 && start % (2 * alignment) == 0) start += at_end ? -alignment : alignment;
     data_ = pages_ + start;
     arrays().insert(this);
 }

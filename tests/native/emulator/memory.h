@@ -9,8 +9,8 @@ constexpr int kPoison = 0xff;  // NaN in every float type, -1 in every integer
 
 class Guarded {
 public:
-    // alignment: a power of two. at_end: the array ends where the pages do, but for less than `alignment` bytes;
-    // otherwise it starts with them, or, if alignment is less than 64, `alignment` bytes later.
+    // alignment: a power of two; the array starts at a multiple of it, and, if it is less than 64, of no more.
+    // at_end: it ends where the pages do, but for less than two times `alignment`; otherwise it starts with them.
     Guarded(size_t bytes, size_t alignment, bool at_end);
     ~Guarded();
     Guarded(const Guarded&) = delete;

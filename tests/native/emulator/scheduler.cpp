@@ -1,8 +1,6 @@
 #include "scheduler.h"
 
-#include <dlfcn.h>
 #include <setjmp.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -16,6 +14,7 @@
 #include <random>
 #include <string>
 
+#include "faults.h"
 #include "memory.h"
 
 uint3 threadIdx, blockIdx;
@@ -51,6 +50,7 @@ enum Order { Lowest, Highest, Shuffled };
 Fiber fibers[kMaxThreads];
 unsigned char* stacks = nullptr;
 int threads = 0, current = 0, waiting = 0;
+uint32_t in_collective[kMaxThreads / kLanes], exited[kMaxThreads / kLanes];  // lanes of each warp
 const std::function<void()>* kernel_ = nullptr;
 jmp_buf scheduler;
 sigjmp_buf aborted;
@@ -77,6 +77,7 @@ void fiber_main() {
     for (;;) {
         (*kernel_)();
         fibers[current].state = State::Exited;
+        exited[current / kLanes] |= 1u << lane();
         complete_collective(current / kLanes);  // those that wait need not wait for this one
         switch_to_scheduler();
     }
@@ -104,22 +105,21 @@ void resume(int thread) {
 // If all lanes that one of the waiting ones waits for are there: combines, and lets them go on.
 void complete_collective(int warp) {
     Fiber* const first = fibers + warp * kLanes;
-    const int lanes = std::min(kLanes, threads - warp * kLanes);
-    for (int l = 0; l < lanes; ++l) {
-        if (first[l].state != State::Collective) continue;
+    for (uint32_t left = in_collective[warp]; left;) {
+        const Fiber& one = first[__builtin_ctz(left)];
+        left &= left - 1;
+        const uint32_t mask = one.mask & ~exited[warp];
+        if ((in_collective[warp] & mask) != mask) continue;
         void* payload[kLanes] = {};
-        bool complete = true;
-        for (int other = 0; other < lanes; ++other) {
-            const Fiber& fiber = first[other];
-            if (!(first[l].mask >> other & 1) || fiber.state == State::Exited) continue;
-            complete = complete && fiber.state == State::Collective && fiber.mask == first[l].mask;
-            payload[other] = fiber.payload;
-        }
-        if (!complete) continue;
-        first[l].combine(payload);
-        const uint32_t mask = first[l].mask;
-        for (int other = 0; other < lanes; ++other)
-            if ((mask >> other & 1) && first[other].state == State::Collective) first[other].state = State::Ready;
+        bool same = true;
+        for (int l = 0; l < kLanes; ++l)
+            if (mask >> l & 1) payload[l] = first[l].payload, same = same && first[l].mask == one.mask;
+        if (!same) continue;
+        one.combine(payload);
+        for (int l = 0; l < kLanes; ++l)
+            if (mask >> l & 1) first[l].state = State::Ready;
+        in_collective[warp] &= ~mask;
+        left &= ~mask;
     }
 }
 
@@ -189,11 +189,16 @@ void run_block() {
         fibers[t].copies.commits = 0;
     }
     waiting = 0;
-    const auto exited = [](const Fiber& fiber) { return fiber.state == State::Exited; };
+    const int count = (threads + kLanes - 1) / kLanes;
+    for (int warp = 0; warp < count; ++warp) {
+        const int lanes = std::min(kLanes, threads - warp * kLanes);
+        in_collective[warp] = 0;
+        exited[warp] = lanes == kLanes ? 0 : ~0u << lanes;  // those that do not exist count as such
+    }
     static std::vector<int> warps;
-    while (!std::all_of(fibers, fibers + threads, exited)) {
+    while (!std::all_of(exited, exited + count, [](uint32_t lanes) { return lanes == ~0u; })) {
         bool progress = false;
-        arrange(warps, (threads + kLanes - 1) / kLanes);
+        arrange(warps, count);
         for (size_t w = 0; w < warps.size(); ++w) progress = run_warp(warps[w]) || progress;
         if (!progress) report_deadlock();
     }
@@ -201,48 +206,6 @@ void run_block() {
     for (auto& one : shared_arrays)
         if (!one.second->intact()) fail("the block wrote beside a static shared array");
 }
-
-void on_fault(int signal, siginfo_t* info, void* context) {
-    uintptr_t pc = 0;
-#if defined(__x86_64__)
-    pc = static_cast<uintptr_t>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
-#elif defined(__aarch64__)
-    pc = static_cast<uintptr_t>(static_cast<ucontext_t*>(context)->uc_mcontext.pc);
-#endif
-    Dl_info library{};
-    dladdr(reinterpret_cast<void*>(pc), &library);
-    const uintptr_t offset = pc - reinterpret_cast<uintptr_t>(library.dli_fbase);
-    const char* what = signal == SIGSEGV || signal == SIGBUS ? locate(info->si_addr)
-                       : signal == SIGFPE                    ? "integer division by zero"
-                                                             : "misaligned access or undefined behaviour";
-    fail("%s [+0x%zx]", what, static_cast<size_t>(offset));
-}
-
-constexpr int kFaults[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE};
-
-// Faults end the launch while this lives.
-class FaultHandlers {
-public:
-    FaultHandlers() {
-        static std::vector<unsigned char> alternate(64 * 1024);
-        stack_t stack{};
-        stack.ss_sp = alternate.data();
-        stack.ss_size = alternate.size();
-        sigaltstack(&stack, &old_stack_);
-        struct sigaction action {};
-        action.sa_sigaction = on_fault;
-        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-        for (size_t i = 0; i < std::size(kFaults); ++i) sigaction(kFaults[i], &action, &old_[i]);
-    }
-    ~FaultHandlers() {
-        for (size_t i = 0; i < std::size(kFaults); ++i) sigaction(kFaults[i], &old_[i], nullptr);
-        sigaltstack(&old_stack_, nullptr);
-    }
-
-private:
-    struct sigaction old_[std::size(kFaults)];
-    stack_t old_stack_;
-};
 
 bool refuse(const char* why) {
     snprintf(message_, sizeof message_, "launch refused: %s", why);
@@ -284,18 +247,19 @@ void collective(uint32_t mask, Combine combine, void* payload, const char* name)
     if (!(mask >> lane() & 1)) fail("%s with mask 0x%08x, which leaves out its own lane", name, mask);
     Fiber& fiber = fibers[current];
     const int warp = current / kLanes;
-    for (int other = 0; other < kLanes && warp * kLanes + other < threads; ++other) {
+    if (const uint32_t others = in_collective[warp] & mask) {  // these agree with each other already
+        const int other = __builtin_ctz(others);
         const Fiber& one = fibers[warp * kLanes + other];
-        if (one.state != State::Collective || !(mask >> other & 1) || !(one.mask >> lane() & 1)) continue;
-        if (one.mask != mask || one.combine != combine)
+        if ((one.mask >> lane() & 1) && (one.mask != mask || one.combine != combine))
             fail("%s with mask 0x%08x, but lane %d is in %s with 0x%08x", name, mask, other, one.where, one.mask);
     }
     fiber.state = State::Collective;
+    in_collective[warp] |= 1u << lane();
     fiber.where = name;
     fiber.mask = mask;
     fiber.combine = combine;
     fiber.payload = payload;
-    complete_collective(warp);
+    if (const uint32_t all = mask & ~exited[warp]; (in_collective[warp] & all) == all) complete_collective(warp);
     if (fiber.state == State::Collective) switch_to_scheduler();
 }
 

@@ -170,6 +170,22 @@ QNK_API int qnk_cuda_int_linear(const void* x, int dtype, const uint8_t* weight,
                                 void* stream);
 QNK_API int qnk_cuda_int_linear_parts(int dtype, int64_t m, int64_t n, int64_t k, int64_t groups, int bits);
 
+// As qnk_cpu_pq_linear, with codebook [k, d] in the dtype of x; d a multiple of 4, arrays 16-byte aligned. Codes past
+// the codebook read its last codeword. Where the number of parts below is not 1, the sums are taken in so many parts,
+// which need workspace fp32 [parts, m, n].
+QNK_API int qnk_cuda_pq_linear(const void* x, int dtype, const void* codes, int code_bytes, const void* codebook,
+                               const float* bias, void* y, int64_t m, int64_t n, int64_t blocks, int64_t k, int64_t d,
+                               float* workspace, void* stream);
+QNK_API int qnk_cuda_pq_linear_parts(int dtype, int code_bytes, int64_t m, int64_t n, int64_t blocks, int64_t k,
+                                     int64_t d);
+
+// grad_x [m, blocks * d], in the dtype of x; sums [k, d] += round(gradient of W * 2^exponent) over the blocks of each
+// codeword, and counts [k] += those blocks. Each may be null, counts and exponent where sums is. m, n, blocks >= 1.
+QNK_API int qnk_cuda_pq_linear_backward(const void* grad, const void* x, int dtype, const void* codes, int code_bytes,
+                                        const void* codebook, void* grad_x, int64_t* sums, int64_t* counts,
+                                        const int64_t* exponent, int64_t m, int64_t n, int64_t blocks, int64_t k,
+                                        int64_t d, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

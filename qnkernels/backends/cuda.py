@@ -7,6 +7,7 @@ import torch
 
 from ..reference.philox import threshold
 from . import BackendUnavailable
+from .cuda_pq import PqKernels
 from .native import CUDA_ARGTYPES, CUDA_QUERIES, DTYPES, declare, layout, open_library, raise_for_status
 
 CUDA_ERROR = 5
@@ -24,7 +25,7 @@ def load() -> dict[str, Callable]:
     return {name: getattr(kernels, name) for name in CUDA_ARGTYPES}
 
 
-class CudaKernels:
+class CudaKernels(PqKernels):
     """One method per op, with the signature of the reference; tensors are contiguous and checked."""
 
     def __init__(self, functions: dict, last_error: Callable) -> None:

@@ -71,9 +71,20 @@ CUDA_ARGTYPES = {
         *(POINTER, INT, POINTER, POINTER, POINTER, POINTER, INT, POINTER, POINTER),
         *(SIZE, SIZE, SIZE, SIZE, INT, POINTER),
     ],
+    "pq_linear": [
+        *(POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, SIZE),
+        *(POINTER, POINTER),
+    ],
+    "pq_linear_backward": [
+        *(POINTER, POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER),
+        *(SIZE, SIZE, SIZE, SIZE, SIZE, POINTER),
+    ],
 }
 # Functions that launch nothing and return a number, not a status.
-CUDA_QUERIES = {"int_linear_parts": [INT, SIZE, SIZE, SIZE, SIZE, INT]}
+CUDA_QUERIES = {
+    "int_linear_parts": [INT, SIZE, SIZE, SIZE, SIZE, INT],
+    "pq_linear_parts": [INT, INT, SIZE, SIZE, SIZE, SIZE, SIZE],
+}
 
 STATUS = {
     1: "bits: expected 2 to 16 (4 or 8 where packed)",

@@ -58,6 +58,7 @@ def test_every_kernel_compiles_without_spills():
         assert all(0 < one["registers"] <= 255 and one["shared"] <= 99 * 1024 for one in compiled)
     if shutil.which("nvcc"):
         sources = {one["kernel"] for one in report["kernels"] if one["arch"] == "sm_90a"}
+        assert {path.name for path in (ROOT / "csrc" / "cuda").glob("pq_*.cu")} <= sources
         assert {"fake_quantize.cu", "int_linear.cu"} <= sources
 
 

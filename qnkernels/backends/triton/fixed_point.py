@@ -1,14 +1,12 @@
-"""Sums in fixed point: int64 atomics, so that they do not depend on the order of the terms.
+"""Sums in fixed point (../fixed_point.py): int64 atomics, which do not depend on the order of the terms.
 
 A term t is added as round(t * 2^exponent), half to even. Atomics are spread over a few copies of the table
 of sums, which are added up afterwards: integer sums are the same in any order.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-BITS = 61  # of a sum, without its sign
 # Entries of all copies of a table together, and copies at most.
 SPREAD, COPIES = 1 << 16, 32
 
@@ -29,13 +27,3 @@ def fixed_point(terms, exponent):
 def copies(entries: int) -> int:
     """How many copies a table of so many sums gets."""
     return max(min(SPREAD // entries, COPIES), 1)
-
-
-def exponent_below(bound: torch.Tensor) -> torch.Tensor:
-    """int64 []: an exponent with which sums of magnitude up to bound, float64 [], stay below 2^BITS."""
-    return (BITS - torch.frexp(bound).exponent).clamp(-900, 900).long()
-
-
-def unscaled(sums: torch.Tensor, exponent: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """sums * 2^-exponent, float64; NaN everywhere where the bound of the terms is not finite."""
-    return torch.ldexp(sums.double(), -exponent) + bound * 0.0

@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..fixed_point import exponent_below, unscaled
 from . import launch
-from .fixed_point import copies, exponent_below, fixed_point, unscaled
+from .fixed_point import copies, fixed_point
 from .launch import cdiv, power_of_two
 from .numeric import to_fp32
 from .range import minmax

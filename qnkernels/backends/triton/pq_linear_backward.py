@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..fixed_point import exponent_below, unscaled
 from . import launch
 from .decode import column_count, step_codes, step_columns, step_weight, steps
-from .fixed_point import copies, exponent_below, fixed_point, unscaled
+from .fixed_point import copies, fixed_point
 from .launch import cdiv
 from .numeric import dot, from_fp32
 from .pq_embedding import block_counts

@@ -1,0 +1,145 @@
+// Products of mma.sync m16n8k16 with codewords as an operand, as they come from the table.
+//
+// The order of k inside a product is free, if both operands have the same. With g = lane / 4 and t = lane % 4 the
+// instruction gives a thread the k of {2t, 2t+1, 2t+8, 2t+9}; here they stand for four adjacent elements, so that a
+// thread's eight k of two products are one octet: 16 bytes of a codeword, and 16 bytes of a row of x. The order of the
+// outputs is free too: thread g has a run of adjacent ones, one or two in each product.
+#pragma once
+
+#include "cuda/pq_codewords.cuh"
+
+namespace qnk {
+
+// Codes of Count adjacent outputs for one octet of columns.
+template <typename Code, int Width, int Count>
+struct OctetCodes {
+    CodeRun<Code, Count> run[8 / Width];
+
+    __device__ __forceinline__ void load(const PqWeight& w, const OctetPlace<Width>& place, int first_output) {
+#pragma unroll
+        for (int h = 0; h < 8 / Width; ++h) run[h].load(w, place.block[h], first_output);
+    }
+};
+
+// sums[i] += x @ W^T for 32 columns and up to 16 tokens, of which this thread has the octet at `place`. x: that octet
+// of the tokens g and g + 8. sums[i]: (token g, run 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), output i of the
+// run. Codewords are the operand of 8 columns, whose two registers are adjacent words of one codeword: with them as
+// that of 16 rows, every other register would be another codeword's, and moves as many as loads are long. The words
+// of x, which are loaded in fours, have to be moved once; `zero`, of which the compiler does not know that it is 0,
+// keeps it from moving them anew for every product (70 instructions a step instead of 96).
+template <typename T, typename Code, int Width, bool InShared, int Run>
+__device__ __forceinline__ void multiply_few(float (&sums)[Run][4], const Codewords<Width, InShared>& codewords,
+                                             const OctetCodes<Code, Width, Run>& codes, const OctetPlace<Width>& place,
+                                             int blocks, const PqWords<4> (&x)[2], uint32_t zero) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[k][i] = x[i % 2].word[2 * k + i / 2] ^ zero;
+#pragma unroll
+    for (int h = 0; h < 8 / Width; ++h) {
+        const auto from = codewords.source(place.piece[h], place.block[h] < blocks);
+#pragma unroll
+        for (int i = 0; i < Run; ++i) {
+            const auto codeword = codewords.template load<Code>(from, codes.run[h].at(i));
+#pragma unroll
+            for (int s = 0; s < Width / 4; ++s) {
+                const uint32_t b[2] = {codeword.word[2 * s], codeword.word[2 * s + 1]};
+                mma_m16n8k16<T>(sums[i], a[h * (Width / 4) + s], b);
+            }
+        }
+    }
+}
+
+// The sums of a warp with codewords as the operand of 16 rows: R * 16 outputs and Tiles * 8 tokens.
+template <int R, int Tiles>
+struct PqSumsOfWarp {
+    float of[R][Tiles][4] = {};
+
+    // Of the run of this thread, output i and the token 8 * tile + 2t + odd.
+    __device__ __forceinline__ float at(int i, int tile, int odd) const { return of[i / 2][tile][i % 2 * 2 + odd]; }
+};
+
+// sums += W @ x^T for 32 columns, of which this thread has the octet at `place`: the codes of its run, and x
+// [token g of each tile][octet].
+template <typename T, typename Code, int Width, bool InShared, int R, int Tiles>
+__device__ __forceinline__ void multiply(PqSumsOfWarp<R, Tiles>& sums, const Codewords<Width, InShared>& codewords,
+                                         const OctetCodes<Code, Width, 2 * R>& codes, const OctetPlace<Width>& place,
+                                         int blocks, const PqWords<4> (&x)[Tiles]) {
+#pragma unroll
+    for (int h = 0; h < 8 / Width; ++h) {
+        const auto from = codewords.source(place.piece[h], place.block[h] < blocks);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            const auto upper = codewords.template load<Code>(from, codes.run[h].at(2 * r));
+            const auto lower = codewords.template load<Code>(from, codes.run[h].at(2 * r + 1));
+#pragma unroll
+            for (int s = 0; s < Width / 4; ++s) {
+                const uint32_t a[4] = {upper.word[2 * s], lower.word[2 * s], upper.word[2 * s + 1],
+                                       lower.word[2 * s + 1]};
+                const int k = h * (Width / 4) + s;
+#pragma unroll
+                for (int tile = 0; tile < Tiles; ++tile) {
+                    const uint32_t b[2] = {x[tile].word[2 * k], x[tile].word[2 * k + 1]};
+                    mma_m16n8k16<T>(sums.of[r][tile], a, b);
+                }
+            }
+        }
+    }
+}
+
+// sums += W^T @ grad^T for 32 outputs, of which this thread has 8 in one octet of columns, at `place`; `outputs` of
+// them exist. grad [token g of each tile][8 outputs]. Two codewords are joined into pairs along
+// the outputs, a byte permutation per word.
+template <typename T, typename Code, int Width, bool InShared, int Tiles>
+__device__ __forceinline__ void multiply_transposed(PqSumsOfWarp<4, Tiles>& sums,
+                                                    const Codewords<Width, InShared>& codewords,
+                                                    const OctetCodes<Code, Width, 8>& codes,
+                                                    const OctetPlace<Width>& place, int blocks, int outputs,
+                                                    const PqWords<4> (&grad)[Tiles]) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int h = 0; h < 8 / Width; ++h) {
+            const auto from = codewords.source(place.piece[h], place.block[h] < blocks);
+            PqWords<Width / 2> w[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) w[i] = codewords.template load<Code>(from, codes.run[h].at(4 * s + i));
+            if (outputs < 8) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (4 * s + i >= outputs) w[i] = {};
+            }
+#pragma unroll
+            for (int pair = 0; pair < Width / 2; ++pair) {
+                const uint32_t a[4] = {__byte_perm(w[0].word[pair], w[1].word[pair], 0x5410),
+                                       __byte_perm(w[0].word[pair], w[1].word[pair], 0x7632),
+                                       __byte_perm(w[2].word[pair], w[3].word[pair], 0x5410),
+                                       __byte_perm(w[2].word[pair], w[3].word[pair], 0x7632)};
+#pragma unroll
+                for (int tile = 0; tile < Tiles; ++tile) {
+                    const uint32_t b[2] = {grad[tile].word[2 * s], grad[tile].word[2 * s + 1]};
+                    mma_m16n8k16<T>(sums.of[h * (Width / 2) + pair][tile], a, b);
+                }
+            }
+        }
+}
+
+// Writes Count adjacent values, those inside [0, left).
+template <int Count, typename T>
+__device__ __forceinline__ void store_run(T* to, const float (&values)[Count], int left, bool aligned) {
+    if (aligned && left >= Count) {
+        struct alignas(Count * sizeof(T) < 16 ? Count * sizeof(T) : 16) {
+            T value[Count];
+        } run;
+#pragma unroll
+        for (int i = 0; i < Count; ++i) run.value[i] = from_float<T>(values[i]);
+        *reinterpret_cast<decltype(run)*>(to) = run;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < Count; ++i)
+        if (i < left) to[i] = from_float<T>(values[i]);
+}
+
+}  // namespace qnk

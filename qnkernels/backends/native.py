@@ -60,7 +60,13 @@ CPU_ARGTYPES = {
         *(POINTER, POINTER, INT, SIZE, SIZE, SIZE),
     ],
 }
-CUDA_ARGTYPES = {"fake_quantize": [*_FAKE_QUANTIZE, POINTER]}
+CUDA_ARGTYPES = {
+    "fake_quantize": [*_FAKE_QUANTIZE, POINTER],
+    "kmeans_work_bytes": [SIZE, SIZE],
+    "kmeans_assign": [POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, POINTER],
+    "kmeans_update": [*CPU_ARGTYPES["kmeans_update"], POINTER],
+    "kmeans_step": [POINTER, POINTER, SIZE, SIZE, POINTER, SIZE, INT, INT, INT, *[POINTER] * 6],
+}
 
 STATUS = {
     1: "bits: expected 2 to 16 (4 or 8 where packed)",

@@ -151,7 +151,7 @@ QNK_API int qnk_cuda_fake_quantize(const void* x, int x_dtype, void* y, int y_dt
                                    int64_t inner, const int64_t* bits, int32_t threshold, const int64_t* seed,
                                    void* stream);
 
-// As on the CPU, but codes outside [0, k) are left out of sums. work [kmeans_work_bytes] is aligned to 16 bytes.
+// As on the CPU, but codes outside [0, k) are left out of sums. work: kmeans_work_bytes, for the kernels alone.
 QNK_API int qnk_cuda_kmeans_work_bytes(int64_t d, int64_t k);
 QNK_API int qnk_cuda_kmeans_assign(const float* points, int64_t n, int64_t d, const float* centroids, int64_t k,
                                    void* work, int32_t* codes, float* distances, void* stream);

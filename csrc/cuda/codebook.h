@@ -19,10 +19,10 @@ constexpr float kNoCodeword = -1e30f;  // bias of a column without a codeword
 // by their distances.
 constexpr float kSmallest = 0x1p-48f, kLargest = 0x1p48f;
 
-__host__ __device__ constexpr int64_t sections_of(int64_t k) { return (k + kSection - 1) / kSection; }
+constexpr int64_t sections_of(int64_t k) { return (k + kSection - 1) / kSection; }
 
 struct Facts {
-    float shift[kMaxDimension];  // the mean codeword
+    float shift[kMaxDimension];  // the mean codeword, 0 beyond d
     float reach[kMaxDimension];  // largest |c - shift| of each coordinate
     float scale;
     uint32_t longest;  // largest |c'|, the bits of a float
@@ -38,8 +38,10 @@ struct Facts {
 //   rows    float    [sections * 32][D], with the pieces of 4 in the order of row_piece; infinite where no codeword is.
 template <int D>
 struct Codebook {
-    unsigned char* memory;
+    unsigned char* memory;  // aligned to 16 bytes
     int64_t sections;
+
+    Codebook(void* work, int64_t k) : memory(aligned(work)), sections(sections_of(k)) {}
 
     __host__ __device__ Facts* facts() const { return reinterpret_cast<Facts*>(memory); }
     __host__ __device__ float* bias() const { return reinterpret_cast<float*>(facts() + 1); }
@@ -48,8 +50,14 @@ struct Codebook {
 
     static constexpr int kStarts = 64, kHalves = D / 8 * 32 * 4;  // floats and words of a section
     static constexpr int64_t kSectionBytes = 4 * (kStarts + kHalves + kSection * D);
+    // Of `work`, whatever its alignment.
     static constexpr int64_t bytes(int64_t k) {
-        return static_cast<int64_t>(sizeof(Facts)) + sections_of(k) * kSectionBytes;
+        return static_cast<int64_t>(sizeof(Facts)) + sections_of(k) * kSectionBytes + 16;
+    }
+
+  private:
+    static unsigned char* aligned(void* work) {
+        return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(work) + 15) / 16 * 16);
     }
 };
 
@@ -68,12 +76,16 @@ __device__ __forceinline__ uint32_t pack_halves(f16 low, f16 high) {
 
 constexpr int kMeanThreads = 256;
 
-// shift, reach [d] of facts; block j takes coordinate j of codewords [k, d].
+// Facts but for their scale, of codewords [k, d]; block j takes coordinate j, and the last ones what pads them.
 static __global__ void __launch_bounds__(kMeanThreads)
     kmeans_mean_kernel(const float* __restrict__ codewords, int64_t k, int d, Facts* facts) {
     QNK_SHARED(double, sums, [kMeanThreads / 32]);
     QNK_SHARED(float, reaches, [kMeanThreads / 32]);
     const int j = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (j >= d) {
+        if (threadIdx.x == 0) facts->shift[j] = facts->reach[j] = 0.0f;
+        return;
+    }
     double sum = 0.0;
     for (int64_t i = threadIdx.x; i < k; i += kMeanThreads) sum += static_cast<double>(codewords[i * d + j]);
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);

@@ -53,23 +53,33 @@ struct Tile {
     }
 };
 
+// Point i with coordinates x [d] has been found; by its four lanes.
+__device__ __forceinline__ void keep(const Points& points, const Found& found, int64_t i, const float* x, int32_t code,
+                                     float distance, int64_t& objective) {
+    const bool leader = threadIdx.x % 4 == 0;
+    if (leader) {
+        found.codes[i] = code;
+        if (found.distances) found.distances[i] = distance;
+    }
+    if (!found.wanted) return;
+    const bool weighted = points.weights != nullptr;
+    const float weight = weighted ? points.weights[i] : 1.0f;
+    found.sums.add_point(x, code, weighted, weight);
+    if (leader) objective += fixed_point(weighted ? distance * weight : distance, found.unit);
+}
+
 // Each warp takes Nearest<D>::kRows points at a time. Resident: the whole codebook is in shared memory, and warps go their
 // own ways; otherwise tiles of it are read in turn by all warps of the block.
-// Shared memory: codebook or two tiles; the table of sums, if `table`; Scratch of each warp.
+// Shared memory: codebook or two tiles; Scratch of each warp; the table of sums.
 template <int D, bool Resident>
 __global__ void __launch_bounds__(Nearest<D>::kWarps * 32, 1)
-    kmeans_search_kernel(Points points, Codebook<D> codebook, int64_t k, Found found, bool table) {
+    kmeans_search_kernel(Points points, Codebook<D> codebook, int64_t k, Found found) {
     using Search = Nearest<D>;
     QNK_SHARED_MEMORY(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int64_t codebook_bytes = Resident ? codebook.sections * Codebook<D>::kSectionBytes : 2 * Tile<D>::kBytes;
-    unsigned char* rest = memory + codebook_bytes;
-    FixedSums sums = found.sums;
-    if (table) {
-        sums.open(rest);
-        rest += (FixedSums::shared_bytes(k, points.d) + 15) / 16 * 16;
-    }
-    typename Search::Scratch& scratch = reinterpret_cast<typename Search::Scratch*>(rest)[warp];
+    if (found.wanted) found.sums.open();
+    auto& scratch = reinterpret_cast<typename Search::Scratch*>(memory + codebook_bytes)[warp];
     for (int i = lane; i < Search::kRows * Search::kStride; i += 32) scratch.x[i] = 0.0f;  // also beyond d
     const float* bias = reinterpret_cast<const float*>(memory);
     const uint32_t* halves = reinterpret_cast<const uint32_t*>(bias + codebook.sections * Codebook<D>::kStarts);
@@ -116,18 +126,9 @@ __global__ void __launch_bounds__(Nearest<D>::kWarps * 32, 1)
         for (int slot = 0; slot < Search::kSlots; ++slot) {
             const uint64_t key = Search::nearest(scratch, slot, rows);
             const int row = slot * 8 + lane / 4;
-            if (row >= count) continue;
-            const int64_t i = first + row;
-            const auto code = static_cast<int32_t>(key & 0xffffffffu);
-            const float distance = __uint_as_float(static_cast<uint32_t>(key >> 32));
-            if (lane % 4 == 0) {
-                found.codes[i] = code;
-                if (found.distances) found.distances[i] = distance;
-            }
-            if (!found.wanted) continue;
-            const float* weight = points.weights ? points.weights + i : nullptr;
-            sums.add_point(scratch.x + row * Search::kStride, code, weight);
-            if (lane % 4 == 0) objective += fixed_point(weight ? distance * *weight : distance, found.unit);
+            if (row < count)
+                keep(points, found, first + row, scratch.x + row * Search::kStride, static_cast<int32_t>(key & 0xffffffffu),
+                     __uint_as_float(static_cast<uint32_t>(key >> 32)), objective);
         }
         __syncwarp();
     }
@@ -136,23 +137,23 @@ __global__ void __launch_bounds__(Nearest<D>::kWarps * 32, 1)
     if (lane == 0 && objective != 0)
         atomicAdd(reinterpret_cast<unsigned long long*>(found.objective), static_cast<unsigned long long>(objective));
     __syncthreads();
-    if (table) sums.close();
+    found.sums.close();
 }
 
 // sums, masses of points by the given codes, of which those outside [0, k) are left out.
 __global__ void __launch_bounds__(kUpdateThreads)
-    kmeans_update_kernel(Points points, const int32_t* __restrict__ codes, FixedSums sums, bool table) {
-    QNK_SHARED_MEMORY(memory);
-    if (table) sums.open(memory);
+    kmeans_update_kernel(Points points, const int32_t* __restrict__ codes, FixedSums sums) {
+    sums.open();
     __syncthreads();
     const int64_t stride = static_cast<int64_t>(gridDim.x) * (kUpdateThreads / 4);
     for (int64_t i = blockIdx.x * static_cast<int64_t>(kUpdateThreads / 4) + threadIdx.x / 4; i < points.n; i += stride) {
         const int32_t code = codes[i];
         if (code < 0 || code >= sums.k) continue;
-        sums.add_point(points.x + i * points.d, code, points.weights ? points.weights + i : nullptr);
+        const bool weighted = points.weights != nullptr;
+        sums.add_point(points.x + i * points.d, code, weighted, weighted ? points.weights[i] : 1.0f);
     }
     __syncthreads();
-    if (table) sums.close();
+    sums.close();
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -163,8 +164,8 @@ bool table_pays(int64_t n, int64_t k) { return n >= 16 * k; }
 template <int D>
 int search(const Points& points, const float* centroids, int64_t k, void* work, Found found, cudaStream_t stream) {
     using Search = Nearest<D>;
-    const Codebook<D> codebook{static_cast<unsigned char*>(work), sections_of(k)};
-    cudaError_t error = launch(kmeans_mean_kernel, points.d, kMeanThreads, 0, stream, centroids, k, points.d,
+    const Codebook<D> codebook(work, k);
+    cudaError_t error = launch(kmeans_mean_kernel, D, kMeanThreads, 0, stream, centroids, k, points.d,
                                codebook.facts());
     if (error != cudaSuccess) return cuda_status(error);
     Cleared cleared{};
@@ -180,14 +181,15 @@ int search(const Points& points, const float* centroids, int64_t k, void* work, 
     const int64_t grid = std::min<int64_t>(ceil_div(tasks, warps), processors());
     const int64_t limit = shared_memory_limit(), scratch = warps * static_cast<int64_t>(sizeof(typename Search::Scratch));
     const int64_t whole = codebook.sections * Codebook<D>::kSectionBytes, tiles = 2 * Tile<D>::kBytes;
-    const int64_t sums = ceil_div(FixedSums::shared_bytes(k, points.d), 16) * 16;
+    const int64_t sums = FixedSums::table_bytes(k, points.d);
     // what matters most first: the table, without which each point costs d + 1 atomics in the L2 cache
     const bool table = found.wanted && table_pays(points.n, k) && std::min(whole, tiles) + sums + scratch <= limit;
-    const int64_t others = scratch + (table ? sums : 0);
-    const bool resident = whole + others <= limit;
+    const bool resident = whole + scratch + (table ? sums : 0) <= limit;
+    const int64_t before = (resident ? whole : tiles) + scratch;
+    if (table) found.sums.table = static_cast<int>(before);
     const auto kernel = resident ? kmeans_search_kernel<D, true> : kmeans_search_kernel<D, false>;
     error = launch(kernel, static_cast<unsigned>(grid), static_cast<unsigned>(warps) * 32,
-                   static_cast<size_t>((resident ? whole : tiles) + others), stream, points, codebook, k, found, table);
+                   static_cast<size_t>(before + (table ? sums : 0)), stream, points, codebook, k, found);
     return cuda_status(error);
 }
 
@@ -204,7 +206,8 @@ Points points_of(const float* x, const float* weights, int64_t n, int64_t d) {
 }
 
 FixedSums sums_of(int64_t* sums, int64_t* mass, int64_t d, int64_t k, int exponent, int weight_exponent) {
-    return {sums, mass, k, static_cast<int>(d), ldexp(1.0, exponent), ldexp(1.0, weight_exponent), nullptr, nullptr};
+    return {sums, mass, k, static_cast<int>(d), ldexp(1.0, exponent), ldexp(1.0, weight_exponent),
+            FixedSums::kNoTable};
 }
 
 }  // namespace
@@ -232,13 +235,15 @@ int qnk_cuda_kmeans_update(const float* points, const int32_t* codes, const floa
     cudaError_t error = cudaMemsetAsync(sums, 0, static_cast<size_t>(8 * k * d), on);
     if (error == cudaSuccess) error = cudaMemsetAsync(mass, 0, static_cast<size_t>(8 * k), on);
     if (error != cudaSuccess || n == 0) return qnk::cuda_status(error);
-    const int64_t bytes = qnk::FixedSums::shared_bytes(k, d), limit = qnk::shared_memory_limit();
+    const int64_t bytes = qnk::FixedSums::table_bytes(k, d), limit = qnk::shared_memory_limit();
     const bool table = qnk::table_pays(n, k) && bytes <= limit;
     const int64_t blocks = qnk::processors() * (table ? std::min<int64_t>(limit / bytes, 4) : 4);
     const int64_t grid = std::min(blocks, qnk::ceil_div(n, qnk::kUpdateThreads / 4));
-    return qnk::cuda_status(qnk::launch(
-        qnk::kmeans_update_kernel, static_cast<unsigned>(grid), qnk::kUpdateThreads, static_cast<size_t>(table ? bytes : 0),
-        on, qnk::points_of(points, weights, n, d), codes, qnk::sums_of(sums, mass, d, k, exponent, weight_exponent), table));
+    qnk::FixedSums to = qnk::sums_of(sums, mass, d, k, exponent, weight_exponent);
+    if (table) to.table = 0;
+    return qnk::cuda_status(qnk::launch(qnk::kmeans_update_kernel, static_cast<unsigned>(grid), qnk::kUpdateThreads,
+                                        static_cast<size_t>(table ? bytes : 0), on,
+                                        qnk::points_of(points, weights, n, d), codes, to));
 }
 
 int qnk_cuda_kmeans_step(const float* points, const float* weights, int64_t n, int64_t d, const float* centroids, int64_t k,

@@ -17,12 +17,12 @@ namespace qnk {
 template <int D>
 struct Nearest {
     static constexpr int kSteps = D / 8;
-    static constexpr int kWarps = D <= 32 ? 16 : 8;              // of a block, at most: the registers for them
-    static constexpr int kTiles = D <= 8 ? 4 : 2;                // of 16 points, that share the loads of a codeword
-    static constexpr int kRows = 16 * kTiles;                    // points of a warp
-    static constexpr int kStride = D + 4;                        // floats from row to row: rows meet in no bank
-    static constexpr int kTileSections = 16 / kSteps;            // sections scanned in a row: a key has 4 bits for them
-    static constexpr int kSlots = 2 * kTiles;                    // rows that a lane has scores of
+    static constexpr int kWarps = D <= 16 ? 16 : D <= 32 ? 12 : 8;  // of a block, at most: what registers there are for
+    static constexpr int kTiles = D <= 8 ? 4 : 2;                  // of 16 points, that share the loads of a codeword
+    static constexpr int kRows = 16 * kTiles;                      // points of a warp
+    static constexpr int kStride = D + 4;                          // floats from row to row: rows meet in no bank
+    static constexpr int kTileSections = 16 / kSteps;              // sections scanned in a row: a key has 4 bits for them
+    static constexpr int kSlots = 2 * kTiles;                      // rows that a lane has scores of
     static constexpr int16_t kNone = -1, kMany = -2;
 
     struct alignas(16) Scratch {  // of a warp, in shared memory
@@ -60,6 +60,7 @@ struct Nearest {
             int before[kSlots];
 #pragma unroll
             for (int r = 0; r < kSlots; ++r) before[r] = best[r];
+#pragma unroll 1
             for (int section = 0; section < count; ++section)
                 scores(a, section, reinterpret_cast<const float4*>(bias + section * Codebook<D>::kStarts) + t,
                        reinterpret_cast<const uint4*>(halves + section * Codebook<D>::kHalves) + lane, best, second);
@@ -136,21 +137,24 @@ struct Nearest {
     // a <- x' of the rows; scratch.tolerance <- by how much less than the best the score of the nearest may be.
     __device__ static void fragments(const Facts* facts, Scratch& scratch, uint32_t (&a)[kTiles][kSteps][4]) {
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        const float scale = facts->scale;
+        const float scale = facts->scale, longest = __uint_as_float(facts->longest), lost = __uint_as_float(facts->error);
+        float2 shift[kSteps];
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) shift[s] = reinterpret_cast<const float2*>(facts->shift)[s * 4 + t];
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const int row = m * 16 + h * 8 + g;
+                const float2* x = reinterpret_cast<const float2*>(scratch.x + row * kStride);
                 float squared = 0.0f;
 #pragma unroll
                 for (int s = 0; s < kSteps; ++s) {
-                    float value[2];
+                    const float2 point = x[s * 4 + t];
+                    const float value[2] = {(point.x - shift[s].x) * scale, (point.y - shift[s].y) * scale};
                     f16 high[2], low[2];
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const int j = s * 8 + 2 * t + e;
-                        value[e] = (scratch.x[row * kStride + j] - facts->shift[j]) * scale;
                         high[e] = from_float<f16>(value[e]);
                         low[e] = from_float<f16>(value[e] - to_float(high[e]));
                         squared = fmaf(value[e], value[e], squared);
@@ -160,14 +164,13 @@ struct Nearest {
                 }
                 squared += __shfl_xor_sync(0xffffffffu, squared, 1);
                 squared += __shfl_xor_sync(0xffffffffu, squared, 2);
-                if (t == 0) scratch.tolerance[row] = tolerance(sqrtf(squared), facts);
+                if (t == 0) scratch.tolerance[row] = tolerance(sqrtf(squared), longest, lost);
             }
         __syncwarp();
     }
 
-    // Twice the error of a score, and the error of the distances that decide. length: |x'|.
-    __device__ static float tolerance(float length, const Facts* facts) {
-        const float longest = __uint_as_float(facts->longest), lost = __uint_as_float(facts->error);
+    // Twice the error of a score, and the error of the distances that decide. length: |x'|; longest, lost: of the codebook.
+    __device__ static float tolerance(float length, float longest, float lost) {
         // c' in one half; terms cut off in products, and 4 bits of a key; x' in two halves, which are not below 2^-25
         const float error = 1.001f * lost * length + (kSteps + 3.5f) * 0x1p-20f * (kBias + length * longest) +
                             0x1p-22f * longest;

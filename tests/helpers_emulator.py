@@ -196,9 +196,7 @@ def processors(count: int, *names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared_memory(size: int, *names: str) -> Iterator[None]:
-    """A device whose blocks may have `size` bytes of shared memory, as far as launchers ask for it (227 KiB
-    otherwise).
-    """
+    """A device whose blocks may have `size` bytes of shared memory (227 KiB otherwise)."""
     loaded = _kernels(*names).library
     loaded.qnk_emulator_shared_memory(size)
     try:

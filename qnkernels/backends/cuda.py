@@ -7,10 +7,11 @@ import torch
 
 from ..reference.philox import threshold
 from . import BackendUnavailable
+from .cuda_kmeans import KMeansKernels
 from .native import CUDA_ARGTYPES, DTYPES, declare, layout, open_library, raise_for_status
 
 CUDA_ERROR = 5
-PARTS = ("kmeans_work_bytes",)  # of other functions
+PARTS = ("kmeans_work_bytes",)  # functions that are no ops
 
 
 def load() -> dict[str, Callable]:
@@ -25,11 +26,7 @@ def load() -> dict[str, Callable]:
     return {name: getattr(kernels, name) for name in CUDA_ARGTYPES if name not in PARTS}
 
 
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-class CudaKernels:
+class CudaKernels(KMeansKernels):
     """One method per op, with the signature of the reference; tensors are contiguous and checked."""
 
     def __init__(self, functions: dict, last_error: Callable) -> None:
@@ -56,46 +53,3 @@ class CudaKernels:
             *(bits.data_ptr(), threshold(p), seed.data_ptr()),
         )
         return y
-
-    def kmeans_assign(self, points, centroids):
-        n, d = points.shape
-        codes = torch.empty(n, dtype=torch.int32, device=points.device)
-        distances = torch.empty(n, dtype=torch.float32, device=points.device)
-        self._launch(
-            *("kmeans_assign", points.device),
-            *(points.data_ptr(), n, d, centroids.data_ptr(), len(centroids), self._work(centroids).data_ptr()),
-            *(codes.data_ptr(), distances.data_ptr()),
-        )
-        return codes, distances
-
-    def kmeans_update(self, points, codes, n_clusters, exponent, weight_exponent, weights):
-        """Codes out of range are left out."""
-        n, d = points.shape
-        sums = torch.empty(n_clusters, d, dtype=torch.int64, device=points.device)
-        mass = torch.empty(n_clusters, dtype=torch.int64, device=points.device)
-        self._launch(
-            *("kmeans_update", points.device),
-            *(points.data_ptr(), codes.data_ptr(), _pointer(weights), n, d, n_clusters),
-            *(exponent, weight_exponent, sums.data_ptr(), mass.data_ptr()),
-        )
-        return sums, mass
-
-    def kmeans_step(self, points, centroids, exponent, weight_exponent, objective_exponent, weights):
-        (n, d), k = points.shape, len(centroids)
-        codes = torch.empty(n, dtype=torch.int32, device=points.device)
-        sums = torch.empty(k, d, dtype=torch.int64, device=points.device)
-        mass = torch.empty(k, dtype=torch.int64, device=points.device)
-        objective = torch.empty((), dtype=torch.int64, device=points.device)
-        self._launch(
-            *("kmeans_step", points.device),
-            *(points.data_ptr(), _pointer(weights), n, d, centroids.data_ptr(), k),
-            *(exponent, weight_exponent, objective_exponent, self._work(centroids).data_ptr()),
-            *(t.data_ptr() for t in (codes, sums, mass, objective)),
-        )
-        return codes, sums, mass, objective
-
-    def _work(self, centroids):
-        """Memory for the codebook as the kernels read it."""
-        k, d = centroids.shape
-        size = self._c["kmeans_work_bytes"](d, k)
-        return torch.empty(size, dtype=torch.uint8, device=centroids.device)

@@ -1,10 +1,10 @@
 """The CUDA kernels of k-means in the emulator: assignments by fp32 distances, and sums, bit for bit."""
 
 import contextlib
-import itertools
 
 import pytest
 import torch
+from helpers_emulator import _kernels as kernels_of
 from helpers_emulator import alignment, emulated, processors, shared_memory
 from numeric import assert_identical
 from pairs import covering, name
@@ -18,7 +18,6 @@ SIZES = {
     "K": (1, 2, 3, 8, 9, 16, 255, 256, 257, 1024, 4096),
     "kind": ("plain", "offset", "spread", "lattice", "near"),
 }
-KILOBYTE = 1024
 
 
 def possible(n, d, K, **rest) -> bool:
@@ -37,7 +36,8 @@ def draw(n, d, K, kind, generator) -> tuple[torch.Tensor, torch.Tensor]:
         return points + 1000, centroids + 1000
     if kind == "near":
         owner = torch.randint(K, (n,), generator=generator)
-        return centroids[owner] + points * torch.tensor([0.0, 1e-6, 1e-3])[torch.arange(n) % 3, None], centroids
+        away = torch.tensor([0.0, 1e-6, 1e-3])[torch.arange(n) % 3, None]
+        return centroids[owner] + away * points, centroids
     if kind == "spread":
         centers = 100 * torch.randn(5, d, generator=generator)
         radius = 10.0 ** torch.linspace(-4, 2, 5)[:, None]
@@ -146,20 +146,26 @@ def test_values_that_are_not_finite(value, where):
 
 
 @contextlib.contextmanager
-def device(memory, count, bytes_aligned):
-    with shared_memory(memory, "kmeans"), processors(count, "kmeans"), alignment(bytes_aligned, "kmeans"):
+def device(bytes_shared, count, bytes_aligned):
+    with (
+        shared_memory(bytes_shared, "kmeans"),
+        processors(count, "kmeans"),
+        alignment(bytes_aligned, "kmeans"),
+    ):
         yield
 
 
-@pytest.mark.parametrize(("n", "d", "K"), [(1100, 8, 20), (130, 8, 1500), (600, 16, 32), (270, 33, 10), (270, 64, 130)])
+@pytest.mark.parametrize(
+    ("n", "d", "K"), [(1100, 8, 20), (130, 8, 1500), (600, 16, 32), (270, 33, 10), (270, 64, 130)]
+)
 def test_neither_memory_nor_multiprocessors_nor_alignment_change_a_bit(n, d, K):
     """The codebook whole and in tiles, sums in a table and not, one and several rounds of a block."""
     generator = torch.Generator().manual_seed(d + K)
     points, centroids = draw(n, d, K, "near", generator)
     weights = torch.rand(len(points), generator=generator)
     results = []
-    for memory, count, aligned in ((227, 3, 64), (99, 1, 64), (227, 1, 1)):
-        with device(memory * KILOBYTE, count, aligned):
+    for kilobytes, count, aligned in ((227, 3, 64), (99, 1, 64), (227, 1, 1)):
+        with device(kilobytes * 1024, count, aligned):
             step = emulated("kmeans")["kmeans_step"](points, centroids, 38, 30, 20, weights)
             update = emulated("kmeans")["kmeans_update"](points, step[0], K, 38, 30, weights)
         results.append((*step, *update))
@@ -169,19 +175,42 @@ def test_neither_memory_nor_multiprocessors_nor_alignment_change_a_bit(n, d, K):
             assert_identical(one, first)
 
 
-@pytest.mark.parametrize("memory", [227, 99, 48])
-def test_tables_in_shared_memory_and_sums_without(memory):
-    """16 points to an entry and more: a table, where it fits beside the rest."""
-    generator = torch.Generator().manual_seed(memory)
-    for d, K in ((8, 20), (4, 60), (33, 9), (64, 17)):
+@pytest.mark.parametrize("kilobytes", [227, 99])
+def test_sums_in_shared_memory_and_without(kilobytes):
+    """From 16 points to a centroid on there is a table, where it fits beside the rest."""
+    generator = torch.Generator().manual_seed(kilobytes)
+    for d, K in ((8, 20), (33, 9), (64, 12)):
         points, centroids = draw(16 * K, d, K, "plain", generator)
-        with shared_memory(memory * KILOBYTE, "kmeans"):
-            check_step(points, centroids, check_assign(points, centroids), None)
-            check_step(points, centroids, check_assign(points, centroids), torch.rand(16 * K, generator=generator))
+        weights = torch.rand(16 * K, generator=generator)
+        with shared_memory(kilobytes * 1024, "kmeans"):
+            check_step(points, centroids, nearest(points, centroids)[0], weights)
+
+
+@pytest.mark.parametrize(("d", "K"), [(1, 100), (4, 100), (8, 33), (17, 70), (64, 40)])
+def test_the_codebook_that_is_searched(d, K):
+    """What decides how many points need more than one group compared: the work memory starts with it."""
+    generator = torch.Generator().manual_seed(d)
+    points, centroids = draw(1, d, K, "offset", generator)
+    ops = kernels_of("kmeans")
+    work = torch.full((ops._c["kmeans_work_bytes"](d, K) // 4,), float("nan"))
+    codes, distances = torch.empty(1, dtype=torch.int32), torch.empty(1)
+    pointers = (t.data_ptr() for t in (work, codes, distances))
+    ops._launch("kmeans_assign", points.device, points.data_ptr(), 1, d, centroids.data_ptr(), K, *pointers)
+    shift, reach, scale, longest, error = work[:131].split((64, 64, 1, 1, 1))
+    padded = -(-d // 8) * 8
+    torch.testing.assert_close(shift[:d], centroids.mean(0))
+    assert not shift[d:padded].any() and not reach[d:padded].any()
+    assert_identical(reach[:d], (centroids - shift[:d]).abs().max(0).values)
+    scaled = (centroids - shift[:d]) * scale
+    assert 0.5 <= reach.nan_to_num().norm() * scale < 1
+    torch.testing.assert_close(longest[0], scaled.norm(dim=1).max())
+    torch.testing.assert_close(error[0], (scaled - scaled.half().float()).norm(dim=1).max())
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("n", "d", "K"), [(1, 1, 1), (37, 3, 5), (700, 8, 16), (90, 9, 33), (150, 33, 5), (1100, 2, 7)])
+@pytest.mark.parametrize(
+    ("n", "d", "K"), [(1, 1, 1), (37, 3, 5), (700, 8, 16), (90, 9, 33), (150, 33, 5), (1100, 2, 7)]
+)
 def test_sums_equal_the_reference(n, d, K, weighted):
     generator = torch.Generator().manual_seed(n)
     points, weights = torch.randn(n, d, generator=generator), torch.rand(n, generator=generator) * 3
@@ -196,7 +225,7 @@ def test_sums_equal_the_reference(n, d, K, weighted):
 @pytest.mark.parametrize("copies", [1, 40])
 def test_ties_round_to_even_and_words_carry(copies):
     """Against Python's integers; with many copies in a table of two words per sum."""
-    values = [0.5, 1.5, 2.5, -0.5, -1.5, -1.0, 2.0**32 - 1, 2.0**31, -(2.0**31), 2.0**55, -(2.0**55), 3 * 2.0**30]
+    values = [0.5, 1.5, 2.5, -0.5, -1.5, -1.0, 2.0**32 - 1, 2.0**31, -(2.0**31), 2.0**55, 3 * 2.0**30]
     points = torch.tensor(values * copies)[:, None]
     codes = torch.tensor([0] * len(values) * copies, dtype=torch.int32)
     for exponent in (-3, 0, 1, 2):

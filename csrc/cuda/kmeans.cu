@@ -1,5 +1,15 @@
 // A step of Lloyd's k-means: the nearest centroid of each point (nearest.h), sums of the points by centroid
 // (fixed_sums.h), or both in one pass over the points.
+//
+// Estimated for n = 2.1 M, d = 8, K = 256 on an H100 (132 multiprocessors, 1.7 GHz), not measured:
+//   floor of memory      75 MB of points and codes at 3.35 TB/s: 23 us
+//   fp32 multiply-adds   8 and a maximum for each of 5.4e8 pairs, 9.6 issue slots per 32 of them: 0.18 ms at best, and
+//                        the index and the sums on top, which is why the scores are taken by tensor cores
+//   scores here          118 instructions of a warp per 64 points and 32 codewords, of which 64 on the integer unit at
+//                        half rate: 4 cycles of a multiprocessor a point, 38 us; the products beside them 3.3 cycles
+//   the rest of a point  8 distances (2 cycles of shared memory), d + 1 sums (2 or 3): 60 to 95 us for a whole step
+// 126 registers and no spills, 16 warps a multiprocessor (25 % occupancy), 92 KiB of shared memory for a step. Of random
+// points 0.2 % have all codewords compared, and 0.9 % more than one group (counted in the emulator).
 #include <math.h>
 
 #include <algorithm>

@@ -186,6 +186,18 @@ QNK_API int qnk_cuda_pq_linear_backward(const void* grad, const void* x, int dty
                                         const int64_t* exponent, int64_t m, int64_t n, int64_t blocks, int64_t k,
                                         int64_t d, void* stream);
 
+// As on the CPU, but codes outside [0, k) are left out of sums. work: kmeans_work_bytes, for the kernels alone.
+QNK_API int qnk_cuda_kmeans_work_bytes(int64_t d, int64_t k);
+QNK_API int qnk_cuda_kmeans_assign(const float* points, int64_t n, int64_t d, const float* centroids, int64_t k,
+                                   void* work, int32_t* codes, float* distances, void* stream);
+QNK_API int qnk_cuda_kmeans_update(const float* points, const int32_t* codes, const float* weights, int64_t n,
+                                   int64_t d, int64_t k, int exponent, int weight_exponent, int64_t* sums,
+                                   int64_t* mass, void* stream);
+QNK_API int qnk_cuda_kmeans_step(const float* points, const float* weights, int64_t n, int64_t d,
+                                 const float* centroids, int64_t k, int exponent, int weight_exponent,
+                                 int objective_exponent, void* work, int32_t* codes, int64_t* sums, int64_t* mass,
+                                 int64_t* objective, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -200,3 +200,14 @@ def processors(count: int, *names: str) -> Iterator[None]:
         yield
     finally:
         loaded.qnk_emulator_processors(3)
+
+
+@contextlib.contextmanager
+def shared_memory(size: int, *names: str) -> Iterator[None]:
+    """A device whose blocks may have `size` bytes of shared memory (227 KiB otherwise)."""
+    loaded = _kernels(*names).library
+    loaded.qnk_emulator_shared_memory(size)
+    try:
+        yield
+    finally:
+        loaded.qnk_emulator_shared_memory(227 * 1024)

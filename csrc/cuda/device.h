@@ -76,4 +76,12 @@ inline int processors() {
     return count;
 }
 
+// Bytes of shared memory that a block may have on the current device.
+inline int shared_memory_limit() {
+    int device = 0, bytes = static_cast<int>(kSharedWithoutAsking);
+    if (cudaGetDevice(&device) == cudaSuccess)
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+}
+
 }  // namespace qnk

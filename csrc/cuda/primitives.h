@@ -28,6 +28,16 @@ QNK_MMA_M16N8K16(bf16, "bf16")
 QNK_MMA_M16N8K16(f16, "f16")
 #undef QNK_MMA_M16N8K16
 
+// d = a @ b + c of f16. c stays in its registers, for several products that start from it.
+__device__ __forceinline__ void mma_m16n8k16_from(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                                  const float (&c)[4]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%10, %11, %12, %13};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+                   "f"(c[3]));
+}
+
 // d [16, 8] += a [16, 32] @ b [32, 8], A and B int8_t or uint8_t, sums in int32 that wrap around. d as above;
 //   a: words (g, 4t..4t+3), (g + 8, 4t..), (g, 4t + 16..), (g + 8, 4t + 16..);  b: words (4t.., g), (4t + 16.., g)
 template <typename A, typename B>

@@ -11,7 +11,16 @@ from ..reference import pq as reference_pq
 from ..reference import range as reference_range
 from ..reference.philox import threshold
 from . import BackendUnavailable
-from .native import CPU_ARGTYPES, DTYPES, NOISE_KINDS, declare, layout, open_library, raise_for_status
+from .native import (
+    CPU_ARGTYPES,
+    DTYPES,
+    NOISE_KINDS,
+    declare,
+    layout,
+    open_library,
+    pointer,
+    raise_for_status,
+)
 
 ISAS = ("portable", "avx2", "avx512", "amx")
 # rows of a gradient from which on products with decoded columns, in this dtype, are faster than the kernel
@@ -37,10 +46,6 @@ def load() -> dict[str, Callable]:
         "moving_fake_quantize_",
     ]
     return {name: getattr(kernels, name) for name in names}
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _fp32(tensor: torch.Tensor) -> torch.Tensor:
@@ -239,7 +244,7 @@ class CpuKernels:
             return product.to(grad.dtype)
         grad_x = grad.new_empty(m, k)
         status = self._c["int_linear_backward"](
-            *(grad.data_ptr(), DTYPES[grad.dtype], weight.data_ptr(), scale.data_ptr(), _pointer(zero_point)),
+            *(grad.data_ptr(), DTYPES[grad.dtype], weight.data_ptr(), scale.data_ptr(), pointer(zero_point)),
             *(grad_x.data_ptr(), m, n, k, scale.shape[1], bits),
         )
         raise_for_status(status)
@@ -255,7 +260,7 @@ class CpuKernels:
             last = min(first + width, k)
             decoded = values[: n * (last - first)].view(n, last - first)
             status = self._c["int_decode"](
-                *(weight.data_ptr(), scale.data_ptr(), _pointer(zero_point)),
+                *(weight.data_ptr(), scale.data_ptr(), pointer(zero_point)),
                 *(decoded.data_ptr(), DTYPES[dtype], n, k, scale.shape[1], bits, first, last),
             )
             raise_for_status(status)
@@ -265,7 +270,7 @@ class CpuKernels:
         rows, k = weight.shape[0], weight.shape[1] * 8 // bits
         out = torch.empty((*indices.shape, k), dtype=dtype)
         status = self._c["int_embedding"](
-            *(indices.data_ptr(), indices.numel(), weight.data_ptr(), scale.data_ptr(), _pointer(zero_point)),
+            *(indices.data_ptr(), indices.numel(), weight.data_ptr(), scale.data_ptr(), pointer(zero_point)),
             *(out.data_ptr(), DTYPES[dtype], rows, k, scale.shape[1], bits),
         )
         raise_for_status(status)
@@ -282,7 +287,7 @@ class CpuKernels:
         n, d = points.shape
         sums = torch.empty(n_clusters, d, dtype=torch.int64)
         mass = torch.empty(n_clusters, dtype=torch.int64)
-        arguments = (points.data_ptr(), codes.data_ptr(), _pointer(weights), n, d, n_clusters)
+        arguments = (points.data_ptr(), codes.data_ptr(), pointer(weights), n, d, n_clusters)
         status = self._c["kmeans_update"](
             *arguments, exponent, weight_exponent, sums.data_ptr(), mass.data_ptr()
         )
@@ -295,7 +300,7 @@ class CpuKernels:
         sums, mass = torch.empty(k, d, dtype=torch.int64), torch.empty(k, dtype=torch.int64)
         objective = torch.empty((), dtype=torch.int64)
         status = self._c["kmeans_step"](
-            *(points.data_ptr(), _pointer(weights), n, d, centroids.data_ptr(), k),
+            *(points.data_ptr(), pointer(weights), n, d, centroids.data_ptr(), k),
             *(exponent, weight_exponent, objective_exponent),
             *(t.data_ptr() for t in (codes, sums, mass, objective)),
         )
@@ -309,7 +314,7 @@ class CpuKernels:
         y = x.new_empty(m, n)
         status = self._c["pq_linear"](
             *(x.data_ptr(), DTYPES[x.dtype], by_block.data_ptr(), codes.element_size(), codebook.data_ptr()),
-            *(_pointer(bias), y.data_ptr(), m, n, blocks, k, d),
+            *(pointer(bias), y.data_ptr(), m, n, blocks, k, d),
         )
         raise_for_status(status)
         return y
@@ -321,7 +326,7 @@ class CpuKernels:
         grad_codebook = torch.empty(k, d) if needs_codebook else None
         status = self._c["pq_linear_backward"](
             *(grad.data_ptr(), x.data_ptr(), DTYPES[x.dtype], by_block.data_ptr(), codes.element_size()),
-            *(codewords.data_ptr(), mean, _pointer(grad_x), _pointer(grad_codebook), m, n, blocks, k, d),
+            *(codewords.data_ptr(), mean, pointer(grad_x), pointer(grad_codebook), m, n, blocks, k, d),
         )
         raise_for_status(status)
         return (grad_x if needs_x else x.new_empty(0)), (grad_codebook if needs_codebook else torch.empty(0))
@@ -336,7 +341,7 @@ class CpuKernels:
         (rows, blocks), (_, d) = codes.shape, codebook.shape
         out, codewords = codebook.new_empty(count, blocks * d), codebook.float()
         status = self._c["pq_embedding"](
-            *(_pointer(indices), count, codes.data_ptr(), codes.element_size(), *codes.stride()),
+            *(pointer(indices), count, codes.data_ptr(), codes.element_size(), *codes.stride()),
             *(codewords.data_ptr(), out.data_ptr(), DTYPES[out.dtype], rows, blocks, d),
         )
         raise_for_status(status)

@@ -7,8 +7,18 @@ import torch
 
 from ..reference.philox import threshold
 from . import BackendUnavailable
+from .cuda_kmeans import KMeansKernels
 from .cuda_pq import PqKernels
-from .native import CUDA_ARGTYPES, CUDA_QUERIES, DTYPES, declare, layout, open_library, raise_for_status
+from .native import (
+    CUDA_ARGTYPES,
+    CUDA_QUERIES,
+    DTYPES,
+    declare,
+    layout,
+    open_library,
+    pointer,
+    raise_for_status,
+)
 
 CUDA_ERROR = 5
 
@@ -25,7 +35,7 @@ def load() -> dict[str, Callable]:
     return {name: getattr(kernels, name) for name in CUDA_ARGTYPES}
 
 
-class CudaKernels(PqKernels):
+class CudaKernels(PqKernels, KMeansKernels):
     """One method per op, with the signature of the reference; tensors are contiguous and checked."""
 
     def __init__(self, functions: dict, last_error: Callable) -> None:
@@ -66,11 +76,7 @@ class CudaKernels(PqKernels):
         workspace = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else None
         self._launch(
             *("int_linear", x.device, x.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), scale.data_ptr()),
-            *(_pointer(zero_point), _pointer(bias), 0 if bias is None else DTYPES[bias.dtype]),
-            *(y.data_ptr(), _pointer(workspace), m, n, k, groups, bits),
+            *(pointer(zero_point), pointer(bias), 0 if bias is None else DTYPES[bias.dtype]),
+            *(y.data_ptr(), pointer(workspace), m, n, k, groups, bits),
         )
         return y
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

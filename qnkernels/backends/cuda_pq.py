@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .fixed_point import exponent_below, unscaled
-from .native import DTYPES
+from .native import DTYPES, pointer
 
 QUAD = 4  # the kernels read codewords in quads; others are padded with zeros
 
@@ -37,7 +37,7 @@ class PqKernels:
                 code_bytes,
                 codebook.data_ptr(),
             ),
-            *(_pointer(bias), y.data_ptr(), *sizes, _pointer(workspace)),
+            *(pointer(bias), y.data_ptr(), *sizes, pointer(workspace)),
         )
         return y
 
@@ -61,7 +61,7 @@ class PqKernels:
                 *("pq_linear_backward", x.device),
                 *(grad.data_ptr(), rows.data_ptr(), DTYPES[x.dtype], by_block.data_ptr()),
                 *(codes.element_size(), codewords.data_ptr()),
-                *(_pointer(one) for one in (grad_x, sums, counts, exponent)),
+                *(pointer(one) for one in (grad_x, sums, counts, exponent)),
                 *(m, n, n_blocks, k, width),
             )
         if needs_x:
@@ -74,10 +74,6 @@ class PqKernels:
             return grad_x, x.new_zeros(k, d, dtype=torch.float32)
         total = unscaled(sums, exponent, bound)[:, :d]
         return grad_x, (total / counts.clamp(min=1) if mean else total).float().contiguous()
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -79,11 +79,15 @@ CUDA_ARGTYPES = {
         *(POINTER, POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER),
         *(SIZE, SIZE, SIZE, SIZE, SIZE, POINTER),
     ],
+    "kmeans_assign": [POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, POINTER],
+    "kmeans_update": [*CPU_ARGTYPES["kmeans_update"], POINTER],
+    "kmeans_step": [POINTER, POINTER, SIZE, SIZE, POINTER, SIZE, INT, INT, INT, *[POINTER] * 6],
 }
 # Functions that launch nothing and return a number, not a status.
 CUDA_QUERIES = {
     "int_linear_parts": [INT, SIZE, SIZE, SIZE, SIZE, INT],
     "pq_linear_parts": [INT, INT, SIZE, SIZE, SIZE, SIZE, SIZE],
+    "kmeans_work_bytes": [SIZE, SIZE],
 }
 
 STATUS = {
@@ -136,6 +140,10 @@ def raise_for_status(status: int) -> None:
         raise MemoryError(STATUS[4])
     if status:
         raise ValueError(STATUS.get(status, f"native kernel failed with status {status}"))
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def layout(x: torch.Tensor, axis: int | None, group_size: int | None) -> tuple[int, int, int]:

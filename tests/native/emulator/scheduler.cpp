@@ -21,11 +21,14 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace emulator {
+
+size_t shared_limit = 227 * 1024;
+
 namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStack = 256 * 1024, kStackGuard = 4096;
-constexpr size_t kSharedLimit = 227 * 1024, kStaticSharedLimit = 48 * 1024;  // bytes of a block on sm_90
+constexpr size_t kStaticSharedLimit = 48 * 1024;
 
 enum class State { Ready, Barrier, Collective, Exited };
 
@@ -282,7 +285,7 @@ bool run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
         return refuse("a grid of no blocks, or of too many");
     if (!block.x || !block.y || !block.z || block.z > 64 || block.x * block.y * block.z > kMaxThreads)
         return refuse("a block of no threads, or of more than 1024");
-    if (shared_bytes > kSharedLimit) return refuse("more than 227 KiB of shared memory");
+    if (shared_bytes > shared_limit) return refuse("more shared memory than a block may have");
     if (!stacks) {
         void* all = mmap(nullptr, kMaxThreads * (kStack + kStackGuard), PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -64,6 +64,11 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
     emulator::collective(0xffffffffu, emulator::combine_mma_float<T>, &payload, "mma_m16n8k16");
 }
 
+inline void mma_m16n8k16_from(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+    memcpy(d, c, sizeof d);
+    mma_m16n8k16<f16>(d, a, b);
+}
+
 template <typename A, typename B>
 void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulator::Fragments<int32_t> payload{d, a, b};

@@ -13,6 +13,7 @@ from qnkernels.ops import OPS
 from report import Row, by_case, duration, read_csv, verdict
 
 TESTED = "ops.csv"
+EXPERIMENTS = "experiments"  # what `qnkernels demo --experiment` found
 TESTED_COLUMNS = ("op", "backend", "passed", "failed", "device", "commit", "date")
 # The ops that each GPU backend has. Triton has them all; a compiled kernel exists where it may win.
 GPU_BACKENDS = {"triton": OPS, "cuda": tuple(CUDA_ARGTYPES)}
@@ -58,7 +59,9 @@ def never_run(results: Path) -> list[tuple[str, str]]:
 
 
 def device_folders(results: Path) -> list[Path]:
-    return sorted(path for path in results.glob("*") if path.is_dir() and any(path.glob("*.csv")))
+    """Folders of benchmarks; the tables of experiments stand beside them."""
+    folders = (path for path in results.glob("*") if path.is_dir() and path.name != EXPERIMENTS)
+    return sorted(path for path in folders if any(path.glob("*.csv")))
 
 
 def never_run_section(results: Path) -> list[str]:

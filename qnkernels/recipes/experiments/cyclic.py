@@ -107,5 +107,5 @@ EXPERIMENT = Experiment(
         "row, weights over a range per output channel. Bit operations are (n² + 2 n n_g) / 3 for a "
         f"multiply-add, {bit_operations(FULL_PRECISION, FULL_PRECISION):.0f} in full precision."
     ),
-    picture=functools.partial(pictures.scatter, x="bitops", y="perplexity"),
+    picture=pictures.bars,
 )

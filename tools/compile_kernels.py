@@ -1,7 +1,8 @@
 """Compile every GPU kernel, without a GPU: `python tools/compile_kernels.py [--all] [--json]`.
 
 Triton kernels: each variant (kernel_calls.py) for sm_80 and sm_90. csrc/cuda/*.cu, where nvcc is found: for
-sm_80 and sm_90a, with the flags of CMakeLists.txt. Prints registers, shared memory and spills as reported by
+sm_80 and sm_90a, with the flags of CMakeLists.txt; a CUDA library that was built from the sources as they are
+now is read instead of compiling them again. Prints registers, shared memory and spills as reported by
 cuobjdump and ptxas. Exits with 1 if a kernel spills, does not compile, is reached by no call, or has, where
 it must be exact, an instruction that is not.
 """
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # architecture -> multiprocessors of its GPU (A100, H100), which the launchers ask for
 TRITON_ARCHS = {80: 108, 90: 132}
 CUDA_ARCHS = ("sm_80", "sm_90a")
+LIBRARY = ROOT / "qnkernels" / "lib" / "libqnkernels_cuda.so"
 # Not rounded once per operation: the quantizers would differ from the reference.
 INEXACT = re.compile(r"\b(?:fma\.rn|div\.full|\w+(?:\.\w+)*\.(?:approx|ftz))\S*")
 MAY_FUSE = (
@@ -127,6 +129,40 @@ def cubin_usage(cubin: bytes) -> tuple[int, int]:
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
 
 
+def is_current(library: Path) -> bool:
+    """Whether the library was built after the last change of what it is built from."""
+    sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    return library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in sources)
+
+
+def library_kernels(library: Path) -> list[Compiled]:
+    """Every kernel in the CUDA library, as cuobjdump reports it."""
+    import triton
+
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(library)]
+    return parse_usage(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def parse_usage(text: str) -> list[Compiled]:
+    """The kernels in what `cuobjdump --dump-resource-usage` prints."""
+    found, arch = [], ""
+    for line in re.finditer(r"^arch = (\w+)$|Function (\w+):\s*\n\s*(.*)", text, re.MULTILINE):
+        if line[1]:
+            arch = line[1]
+            continue
+        usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line[3])}
+        name = re.search(r"\d([a-z_]+_kernel)[EI]", line[2])  # its length, and what follows it
+        found.append(
+            Compiled(
+                *(name[1] if name else line[2], _demangle(line[2]), arch),
+                registers=usage["REG"],
+                shared=usage["SHARED"],
+                spills=usage["STACK"] + usage["LOCAL"],
+            )
+        )
+    return found
+
+
 def cuda_kernels(source: Path, arch: str, nvcc: str) -> list[Compiled]:
     """Every kernel of one .cu file for one architecture."""
     with tempfile.TemporaryDirectory() as folder:
@@ -203,7 +239,9 @@ def compile_all() -> tuple[list[Compiled], str | None]:
     nvcc = shutil.which("nvcc")
     with concurrent.futures.ProcessPoolExecutor(len(TRITON_ARCHS)) as pool:
         jobs = [pool.submit(triton_kernels, arch) for arch in TRITON_ARCHS]
-        if nvcc:
+        if is_current(LIBRARY):
+            jobs.append(pool.submit(library_kernels, LIBRARY))
+        elif nvcc:
             sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
             jobs += [
                 pool.submit(cuda_kernels, source, arch, nvcc) for source in sources for arch in CUDA_ARCHS

@@ -107,7 +107,7 @@ def test_ctrl_c_prints_what_is_finished(text: Path, tmp_path: Path, monkeypatch:
     ("arguments", "message"),
     [
         (["--data=missing.txt"], "missing.txt: cannot be read (No such file or directory)"),
-        (["--preset=huge"], "preset: expected one of tiny, small, base, got 'huge'"),
+        (["--preset=huge"], "preset: expected one of tiny, small, deep, base, got 'huge'"),
         (
             ["--methods=int8,int2"],
             "methods: expected some of fp32, int8, int8-dynamic, int8-static, int4, ipq, ipq+int8, "

@@ -217,7 +217,7 @@ def test_ctrl_c_before_anything_is_finished_writes_no_results(settings: demo.Set
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"preset": "huge"}, "preset: expected one of tiny, small, base, got 'huge'"),
+        ({"preset": "huge"}, "preset: expected one of tiny, small, deep, base, got 'huge'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         (
             {"methods": ("int8", "pq")},

@@ -127,15 +127,21 @@ class TrainingPrecision(nn.Module):
         elif self.input_range == "sample":
             quantized_x = functional.dynamic_fake_quantize(quantized_x, self.bits, per_sample=True)
         quantized = quantized_x, self(weight.detach(), x.dtype)
-        seed = 0 if self.gradient_bits is None else draw_seed(x.device)
+        seed = draw_seed(x.device) if self._draws() else 0
         rest = quantizer, self.gradient_bits, seed
         return functional.low_precision_linear(x, weight, bias, *quantized, *rest)
 
     def output(self, y: torch.Tensor) -> torch.Tensor:
         """The output of the layer, whose gradient is quantized."""
-        if self.gradient_bits is None or not (torch.is_grad_enabled() and y.requires_grad):
+        if not self._draws():
             return y
         return functional.quantize_gradient(y, self.gradient_bits, draw_seed(y.device))
+
+    def _draws(self) -> bool:
+        """Whether there may be a gradient to round. In training always, also where none is recorded:
+        activation checkpointing repeats such a forward with one, and must draw as many seeds.
+        """
+        return self.gradient_bits is not None and (self.training or torch.is_grad_enabled())
 
     def extra_repr(self) -> str:
         return (

@@ -140,7 +140,8 @@ def test_it_can_be_packed():
     torch.testing.assert_close(model[0].weight, weight)
 
 
-def test_checkpointing_repeats_the_forward():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_repeats_the_forward(reentrant):
     """The repeated forward sees the range of the first, moves nothing, and draws the same seeds."""
     x = torch.randn(6, 12)
 
@@ -148,7 +149,8 @@ def test_checkpointing_repeats_the_forward():
         layer = nn.Sequential(linear(bits=4, grad_bits=4), linear(bits=4, grad_bits=4, input_range="moving"))
         layer[1] = NoisyLinear.from_linear(nn.Linear(7, 7), "scalar", bits=2, p=0.5)
         torch.manual_seed(5)
-        y = checkpoint(layer, x, use_reentrant=False) if wrapped else layer(x)
+        inputs = x.clone().requires_grad_()
+        y = checkpoint(layer, inputs, use_reentrant=reentrant) if wrapped else layer(inputs)
         y.square().sum().backward()
         moving = layer[0].noise.moving
         return [p.grad for p in layer.parameters()], moving.step.item(), moving.low.clone()
@@ -202,6 +204,16 @@ def test_compiles_once_for_every_precision():
         for actual, expected in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected)
     assert count == 1
+
+
+def test_evaluation_draws_nothing():
+    layer = linear().eval()
+    torch.manual_seed(4)
+    with torch.no_grad():
+        layer(torch.randn(2, 12, generator=torch.Generator().manual_seed(0)))
+    after = torch.rand(1)
+    torch.manual_seed(4)
+    assert_identical(after, torch.rand(1))
 
 
 def test_an_empty_batch():

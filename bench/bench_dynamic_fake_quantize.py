@@ -7,10 +7,10 @@ random level 23/16 more, 15 of them of Philox.
 Floor: a copy of x, ratio 1. Prediction, 2 cores with AVX-512, in cache: 2x a copy to the nearest level, 4x
 to a random one, since both are bound by instructions there; on a GPU 1x for samples that fit registers, and
 1.5x with a second read.
-Measured, 2 cores with AVX-512 and no AMX, copies from the cache: 2.8x to the nearest level (118 us), 6.8x to a
-random one (329 us); over a whole tensor of 2.4 M 3.2x; moving 3.1x, and 5.3x for 12.6 M, where the pages of a new
-result cost as much as the work. torch.compile takes 1.7 to 2.7 times as long to the nearest level, 12 to 19
-times to a random one, and as long for 12.6 M.
+Measured, 2 cores with AVX-512 and no AMX, copies from the cache: 2.8x to the nearest level (118 us), 6.8x
+to a random one (329 us); over a whole tensor of 2.4 M 3.2x; moving 3.1x, and 5.3x for 12.6 M, where the pages
+of a new result cost as much as the work. torch.compile takes 1.7 to 2.7 times as long to the nearest level,
+12 to 19 times to a random one, and as long for 12.6 M.
 """
 
 from functools import partial

@@ -78,8 +78,7 @@ class TrainingPrecision(nn.Module):
     bits: of weight and input, 2 to 16; `set_bits` changes it at any time, without recompilation. grad_bits:
     constant, 2 to 16, or 32 for gradients as they are. input_range: "moving", an average moved by `momentum`
     in each training forward, "sample", that of each sample, or None for an input that is not quantized. per:
-    a range of the weight for each output "channel" (embedding row), as in the published code, or one for the
-    whole "tensor".
+    a range of the weight for each output "channel" (embedding row), or one for the whole "tensor".
     """
 
     def __init__(

@@ -7,8 +7,9 @@
 // that a common offset costs no precision.
 //
 // Per point and codeword: d multiply-adds and a minimum. With VNNI and d <= 16, half as many products of pairs of 16-bit
-// integers (some 14 bits of x and c: the rounding is wider, and one point in twenty has two groups to compare). With AMX
-// and d > 16, tile products (bf16 halves: x.c = xh.ch + xl.ch + xh.cl). Per point besides: the distances of 16 codewords.
+// integers (some 14 bits of x and c: the rounding is wider, and one point in ten has more than one codeword to compare).
+// With AMX and d > 16, tile products (bf16 halves: x.c = xh.ch + xl.ch + xh.cl). Per point besides: the distances of 16
+// codewords; with integers their scores, and the distance of one.
 #pragma once
 
 #include <stdint.h>
@@ -32,7 +33,7 @@ class Codebook {
     Codebook& operator=(const Codebook&) = delete;
     ~Codebook() { free(memory_); }
 
-    // codewords [k, d]; false without memory.
+    // codewords [k, d], which must stay as long as points are looked up; false without memory.
     bool prepare(const float* codewords, int64_t k, int d);
 
     // codes, distances [count] of points [count, d], count <= kTilePoints. work: work_bytes() aligned to 64.
@@ -58,10 +59,20 @@ class Codebook {
     template <int D>
     void scores(const float* shifted, int count, float* least) const;
     void tile_scores(const float* shifted, int count, void* work, float* least) const;
+    template <int D>
+    void compare_groups(const float* x, const float* least, float bound, int32_t* code, float* distance) const;
+    void least_over_blocks(const float* least, float* minima) const;
+    float rounding(float largest) const;
     void prepare_pairs();
-    bool pair_scores(const float* points, int count, void* work, float* least, float* largest) const;
+    bool pair_nearest(const float* points, int count, void* work, int32_t* codes, float* distances) const;
+    float pair_operands(const float* points, int count, int16_t* x) const;
     template <int Pairs, int Together>
     void pair_products(const int32_t* x, int count, float* least) const;
+    template <int Pairs>
+    void pair_choose(const float* points, const int32_t* x, int count, const float* least, float tolerance, int32_t* codes,
+                     float* distances) const;
+    void distances_of(const float* points, int count, const int32_t* codes, float* distances) const;
+    void distances_of_8(const float* points, int count, const int32_t* codes, float* distances) const;
     void write_tiles(const float* shifted, int64_t row, int lane) const;
     float shifted_points(const float* points, int count, float* shifted) const;
 
@@ -78,8 +89,11 @@ class Codebook {
     uint16_t* tiles_ = nullptr;  // [rows][steps][16][32]: bf16 operands of AMX
     // Scores in integers: x in units of 1 / x_unit_, codewords of 1 / c_unit_, pairs of coordinates side by side.
     float x_unit_ = 0.0f, c_unit_ = 0.0f, pair_error_ = 0.0f, root_reach_ = 0.0f;
-    int32_t* pairs_ = nullptr;       // [rows][(d + 1) / 2][16]
-    int32_t* pair_norms_ = nullptr;  // [rows][16]
+    int32_t* pairs_ = nullptr;             // [rows][(d + 1) / 2][16]
+    int32_t* pair_norms_ = nullptr;        // [rows][16]
+    int32_t* pair_groups_ = nullptr;       // [blocks * 16 lanes][(d + 1) / 2][16]: the same, codewords of a group side by side
+    int32_t* pair_group_norms_ = nullptr;  // [blocks * 16 lanes][16]
+    const float* codewords_ = nullptr;     // [k, d], the caller's
 };
 
 #if defined(__AVX512VNNI__)
@@ -87,12 +101,13 @@ constexpr int kPairDimension = 16;  // largest that is scored in pairs
 #else
 constexpr int kPairDimension = 0;
 #endif
+constexpr int32_t kNoCodeword = 0x3fffffff;  // above every score in integers, and no overflow with a product added
 constexpr float kPairReach = 1.5f;  // how much larger than any of a codeword a coordinate of x may be
 
 inline int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 inline bool Codebook::prepare(const float* codewords, int64_t k, int d) {
-    k_ = k, d_ = d;
+    k_ = k, d_ = d, codewords_ = codewords;
     blocks_ = (k + kBlock - 1) / kBlock;
     last_tiles_ = rounded_up((k - (blocks_ - 1) * kBlock + kRow - 1) / kRow, 2);  // tile products go in pairs
     direct_only_ = k <= kRow;
@@ -102,7 +117,7 @@ inline bool Codebook::prepare(const float* codewords, int64_t k, int d) {
     const int64_t rows = (blocks_ - 1) * kRow + last_tiles_, groups = blocks_ * kRow;
     const int64_t group_floats = groups * d * kRow, row_floats = rows * (1 + d) * kRow;
     const int64_t norm_floats = in_tiles ? rows * kRow : 0, tile_halves = in_tiles ? rows * steps_ * 512 : 0;
-    const int64_t pair_words = in_pairs ? rows * kRow * ((d + 1) / 2 + 1) : 0;
+    const int64_t pair_words = in_pairs ? (rows + groups) * kRow * ((d + 1) / 2 + 1) : 0;
     const int64_t bytes = 4 * (group_floats + row_floats + norm_floats + pair_words) + 2 * tile_halves;
     memory_ = aligned_alloc(64, static_cast<size_t>(rounded_up(bytes, 64)));
     if (!memory_) return false;
@@ -111,6 +126,8 @@ inline bool Codebook::prepare(const float* codewords, int64_t k, int d) {
     norms_ = rows_ + row_floats;
     pair_norms_ = reinterpret_cast<int32_t*>(norms_ + norm_floats);
     pairs_ = pair_norms_ + rows * kRow;
+    pair_group_norms_ = pairs_ + rows * kRow * ((d + 1) / 2);
+    pair_groups_ = pair_group_norms_ + groups * kRow;
     tiles_ = reinterpret_cast<uint16_t*>(pair_norms_ + pair_words);
     for (int64_t i = 0; i < tile_halves; ++i) tiles_[i] = 0;
 
@@ -234,24 +251,18 @@ inline void Codebook::nearest_of(const float* points, int count, void* work, int
         }
         return;
     }
+    if (d <= kPairDimension && pair_nearest(points, count, work, codes, distances)) return;
     float* least = static_cast<float*>(work);  // [blocks][points][16]
     float* shifted = least + blocks_ * kTilePoints * kRow;
     float* scratch = shifted + kTilePoints * kMaxDimension;
-    float largest = 0.0f, tolerance;
-    // rounding of a score, twice: products of norms times units in the last place
-    const auto rounding = [&] { return (d + 4) * 0x1p-22f * (largest * __builtin_sqrtf(static_cast<float>(d)) + norm_) * norm_; };
-    if (d <= kPairDimension && pair_scores(points, count, scratch, least, &largest)) {
-        tolerance = (rounding() * c_unit_ + d * largest) * x_unit_ + pair_error_;
+    const float largest = shifted_points(points, count, shifted);
+    float tolerance = rounding(largest);
+    if (kHasTiles && d > kPairDimension) {
+        tile_scores(shifted, count, scratch, least);
+        const float reach = largest * __builtin_sqrtf(static_cast<float>(d)) + norm_;
+        tolerance = (tolerance + 0x1p-15f * reach * norm_) * scale_ * scale_;
     } else {
-        largest = shifted_points(points, count, shifted);
-        if (kHasTiles && d > kPairDimension) {
-            tile_scores(shifted, count, scratch, least);
-            const float reach = largest * __builtin_sqrtf(static_cast<float>(d)) + norm_;
-            tolerance = (rounding() + 0x1p-15f * reach * norm_) * scale_ * scale_;
-        } else {
-            scores<D>(shifted, count, least);
-            tolerance = rounding();
-        }
+        scores<D>(shifted, count, least);
     }
     for (int p = 0; p < count; p += kRow)
         choose<D>(points + p * d, count - p < kRow ? count - p : kRow, least + p * kRow, tolerance, codes + p,
@@ -264,14 +275,8 @@ inline void Codebook::choose(const float* points, int count, const float* least,
                              float* distances) const {
     const int d = D ? D : d_;
     constexpr int64_t kStride = kTilePoints * kRow;  // from block to block
-    alignas(64) float bounds[kRow], minima[kRow], overall[kRow * kRow], squared[kRow * kRow];
-    if (blocks_ > 1)
-        for (int i = 0; i < kRow * kRow; i += kLanes) {
-            Vec lowest = load(least + i);
-            for (int64_t b = 1; b < blocks_; ++b) lowest = min(load(least + b * kStride + i), lowest);
-            store(overall + i, lowest);
-        }
-    row_minima(blocks_ > 1 ? overall : least, bounds);
+    alignas(64) float bounds[kRow], minima[kRow], squared[kRow * kRow];
+    least_over_blocks(least, bounds);
     int32_t groups[kRow];
     uint32_t several = 0;  // points with more than one group to compare
     for (int p = 0; p < count; ++p) {
@@ -302,14 +307,40 @@ inline void Codebook::choose(const float* points, int count, const float* least,
     }
     for (; several; several &= several - 1) {
         const int p = __builtin_ctz(several);
-        codes[p] = 0, distances[p] = kInfinity;
-        for (int64_t b = 0; b < blocks_; ++b)
-            for (uint32_t close = at_most(least + b * kStride + p * kRow, bounds[p] + tolerance); close; close &= close - 1)
-                in_group<D>(points + p * d, b, __builtin_ctz(close), codes + p, distances + p);
+        compare_groups<D>(points + p * d, least + p * kRow, bounds[p] + tolerance, codes + p, distances + p);
     }
+}
+
+// The nearest codeword of a point among the groups whose least score is at most `bound`.
+template <int D>
+inline void Codebook::compare_groups(const float* x, const float* least, float bound, int32_t* code,
+                                     float* distance) const {
+    *code = 0, *distance = kInfinity;
+    for (int64_t b = 0; b < blocks_; ++b)
+        for (uint32_t close = at_most(least + b * kTilePoints * kRow, bound); close; close &= close - 1)
+            in_group<D>(x, b, __builtin_ctz(close), code, distance);
+}
+
+// minima [16] <- the least scores of 16 points over all groups.
+inline void Codebook::least_over_blocks(const float* least, float* minima) const {
+    alignas(64) float overall[kRow * kRow];
+    if (blocks_ > 1)
+        for (int i = 0; i < kRow * kRow; i += kLanes) {
+            Vec lowest = load(least + i);
+            for (int64_t b = 1; b < blocks_; ++b) lowest = min(load(least + b * kTilePoints * kRow + i), lowest);
+            store(overall + i, lowest);
+        }
+    row_minima(blocks_ > 1 ? overall : least, minima);
+}
+
+// Of a score of a point whose coordinates, shifted, are at most `largest`, twice: products of norms times units in the
+// last place.
+inline float Codebook::rounding(float largest) const {
+    return (d_ + 4) * 0x1p-22f * (largest * __builtin_sqrtf(static_cast<float>(d_)) + norm_) * norm_;
 }
 
 }  // namespace QNK_ISA
 }  // namespace qnk
 
+#include "cpu/nearest_pairs.h"
 #include "cpu/nearest_scores.h"

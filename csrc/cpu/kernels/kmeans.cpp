@@ -26,25 +26,62 @@ inline void add_to(int64_t& to, int64_t term) {
     to = static_cast<int64_t>(static_cast<uint64_t>(to) + static_cast<uint64_t>(term));
 }
 
+#if defined(__AVX512DQ__)
+inline __m512i fixed_points(__m256 values, __m512d units) {
+    return _mm512_cvtpd_epi64(_mm512_mul_pd(_mm512_cvtps_pd(values), units));
+}
+#endif
+
+// Sum of round(distances * weights * unit); without weights all are 1.
+inline int64_t fixed_sum(const float* distances, const float* weights, int64_t count, double unit) {
+    int64_t total = 0, p = 0;
+#if defined(__AVX512DQ__)
+    __m512i sum = _mm512_setzero_si512();
+    const __m512d units = _mm512_set1_pd(unit);
+    for (; p + 8 <= count; p += 8) {
+        const __m256 term = _mm256_loadu_ps(distances + p);
+        sum = _mm512_add_epi64(sum, fixed_points(weights ? _mm256_mul_ps(term, _mm256_loadu_ps(weights + p)) : term, units));
+    }
+    total = _mm512_reduce_add_epi64(sum);
+#endif
+    for (; p < count; ++p) add_to(total, fixed_point(weights ? distances[p] * weights[p] : distances[p], unit));
+    return total;
+}
+
 struct Sums {
     int64_t* sums;  // [k, d]
     int64_t* mass;  // [k]
     int64_t d;
     double unit, weight_unit;
 
-    void add(const float* x, int32_t code, float weight) const {
+    // points [count, d] with their codes; without weights [count] all have 1.
+    void add(const float* points, const int32_t* codes, const float* weights, int64_t count) const {
+        if (weights)
+            for (int64_t p = 0; p < count; ++p) add_to(mass[codes[p]], fixed_point(weights[p], weight_unit));
+        else
+            for (int64_t p = 0; p < count; ++p) ++mass[codes[p]];
+#if defined(__AVX512DQ__)
+        if (d == 8 && !weights) {
+            const __m512d units = _mm512_set1_pd(unit);
+            for (int64_t p = 0; p < count; ++p)
+                add_vector(sums + codes[p] * 8, fixed_points(_mm256_loadu_ps(points + p * 8), units));
+            return;
+        }
+#endif
+        for (int64_t p = 0; p < count; ++p) add_point(points + p * d, codes[p], weights ? weights[p] : 1.0f);
+    }
+
+  private:
+    void add_point(const float* x, int32_t code, float weight) const {
         int64_t* to = sums + code * d;
 #if defined(__AVX512DQ__)
         const __m512d units = _mm512_set1_pd(unit);
         const __m256 factor = _mm256_set1_ps(weight);
         int64_t j = 0;
-        for (; j + 8 <= d; j += 8) {
-            const __m512i term = rounded(_mm256_mul_ps(_mm256_loadu_ps(x + j), factor), units);
-            _mm512_storeu_si512(to + j, _mm512_add_epi64(_mm512_loadu_si512(to + j), term));
-        }
+        for (; j + 8 <= d; j += 8) add_vector(to + j, fixed_points(_mm256_mul_ps(_mm256_loadu_ps(x + j), factor), units));
         if (j == d) return;
         const __mmask8 lanes = static_cast<__mmask8>((1u << (d - j)) - 1u);
-        const __m512i term = rounded(_mm256_mul_ps(_mm256_maskz_loadu_ps(lanes, x + j), factor), units);
+        const __m512i term = fixed_points(_mm256_mul_ps(_mm256_maskz_loadu_ps(lanes, x + j), factor), units);
         _mm512_mask_storeu_epi64(to + j, lanes, _mm512_add_epi64(_mm512_maskz_loadu_epi64(lanes, to + j), term));
 #else
         for (int64_t j = 0; j < d; ++j) add_to(to[j], fixed_point(x[j] * weight, unit));
@@ -52,14 +89,10 @@ struct Sums {
     }
 
 #if defined(__AVX512DQ__)
-    static __m512i rounded(__m256 term, __m512d units) {
-        return _mm512_cvtpd_epi64(_mm512_mul_pd(_mm512_cvtps_pd(term), units));
+    static void add_vector(int64_t* to, __m512i terms) {
+        _mm512_storeu_si512(to, _mm512_add_epi64(_mm512_loadu_si512(to), terms));
     }
 #endif
-
-    void add_mass(int32_t code, const float* weight) const {
-        add_to(mass[code], weight ? fixed_point(*weight, weight_unit) : 1);
-    }
 };
 
 // The partial sums of each thread: [threads][k * (d + 1) + 1], the last being the objective.
@@ -145,14 +178,13 @@ int kmeans_update(const float* points, const int32_t* codes, const float* weight
     bool bad_index = false;
     parallel(threads, [&](int thread, int team) {
         const Sums to{partials.sums(thread), partials.mass(thread), d, unit, weight_unit};
-        for (int64_t i = n * thread / team; i < n * (thread + 1) / team; ++i) {
+        const int64_t begin = n * thread / team, end = n * (thread + 1) / team;
+        for (int64_t i = begin; i < end; ++i)
             if (codes[i] < 0 || codes[i] >= k) {
                 bad_index = true;
                 return;
             }
-            to.add(points + i * d, codes[i], weights ? weights[i] : 1.0f);
-            to.add_mass(codes[i], weights ? weights + i : nullptr);
-        }
+        to.add(points + begin * d, codes + begin, weights ? weights + begin : nullptr, end - begin);
     });
     if (bad_index) return QNK_BAD_INDEX;
     partials.total(sums, mass);
@@ -171,22 +203,9 @@ int kmeans_step(const float* points, const float* weights, int64_t n, int64_t d,
         [&](int thread, int64_t first, int64_t count, const int32_t* run_codes, const float* distances) {
             memcpy(codes + first, run_codes, sizeof(int32_t) * static_cast<size_t>(count));
             const Sums to{partials.sums(thread), partials.mass(thread), d, unit, weight_unit};
-            int64_t total = 0;
-            if (!weights) {
-                for (int64_t p = 0; p < count; ++p) {
-                    to.add(points + (first + p) * d, run_codes[p], 1.0f);
-                    ++to.mass[run_codes[p]];
-                    add_to(total, fixed_point(distances[p], objective_unit));
-                }
-            } else {
-                for (int64_t p = 0; p < count; ++p) {
-                    const float* weight = weights + first + p;
-                    to.add(points + (first + p) * d, run_codes[p], *weight);
-                    to.add_mass(run_codes[p], weight);
-                    add_to(total, fixed_point(distances[p] * *weight, objective_unit));
-                }
-            }
-            add_to(*partials.objective(thread), total);
+            const float* run_weights = weights ? weights + first : nullptr;
+            to.add(points + first * d, run_codes, run_weights, count);
+            add_to(*partials.objective(thread), fixed_sum(distances, run_weights, count, objective_unit));
         });
     if (status != QNK_OK) return status;
     partials.total(sums, mass);

@@ -16,11 +16,12 @@ Measured, 2 cores: a step 4.3 ms, 0.85x the matrix product, and a search 4.8 ms 
 into scores in pairs of 16-bit integers, near the rate of their instruction; a third into the distances of
 the best group of 16. Tried on the scores, per point on one core: fp32 multiply-adds 47 ns in all, tiles of
 AMX (bf16 halves) 33 ns, pairs of 16-bit integers 23 ns. A tile that is zeroed and not loaded costs AMX
-three times as much per product. Without AMX (Zen 4, where a vector is two halves: 64 cycles of integer products a
-point at least) the best group of 16 is scored again in integers, and only one distance a point is taken, 16
-points side by side: a step 7.0 -> 5.3 ms (least of interleaved runs), a search 3.2x faiss there. Not tried:
-bounds on the distances kept from step to step, which would let 31 % of the points of a search of 15 steps
-skip the scores, 50 to 60 % after that, but cost each other point its second nearest codeword.
+three times as much per product.
+Without AMX (Zen 4, where a vector is two halves: 64 cycles of integer products a point at least) the best
+group of 16 is scored again in integers, and only one distance a point is taken, 16 points side by side: a
+step 7.0 -> 5.3 ms (least of interleaved runs), a search 3.2x faiss there. Not tried: bounds on the distances,
+kept from step to step; 31 % of the points of a search of 15 steps could skip the scores, 50 to 60 % after
+that, but each other point would need its second nearest codeword, too.
 
 faiss: all points, one start, no checks but its own for NaN. torch's search is left to the single step, where
 its time is that of every step. The objectives are compared in tests/bench/test_bench_kmeans.py.

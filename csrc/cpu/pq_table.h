@@ -1,8 +1,9 @@
 // pq_linear from tables of products: for each block, codeword . x for all codewords and a vector of tokens, and then
 // one row of that table, added to the output, per code.
 //
-// Per block and vector of tokens: k * d multiply-adds for the table, n additions of a row. The table of a pair of
-// blocks stays in the first-level cache (k = 256: 2 x 16 KiB), the outputs of the tokens in the second.
+// Per block and vector of tokens: k * d multiply-adds for the table, n additions of a row. The outputs of the tokens lie
+// in the second-level cache, and pass through the first once for all tables in use together. With tables of four blocks
+// (k = 256: 64 KiB) half of the rows come from the second level, too, but the outputs pass half as often as with two.
 #pragma once
 
 #include "cpu/parallel.h"
@@ -11,6 +12,8 @@
 
 namespace qnk {
 inline namespace QNK_ISA {
+
+constexpr int64_t kTablesTogether = 65536;  // bytes
 
 // table [k][lanes] <- codeword . x for coordinates [d][lanes] of the tokens.
 template <int D>
@@ -56,18 +59,23 @@ inline void add_blocks(const ProductQuantized& w, int64_t first, int64_t last, c
     }
 }
 
-// Blocks whose tables are in use together: as many as keep them in 32 KiB, a power of two up to 8.
+// Blocks whose tables are in use together, a power of two up to 8.
 inline int tables_together(const ProductQuantized& w) {
     int together = 1;
-    while (together < 8 && 2 * together * w.k * kLanes * 4 <= 32768) together *= 2;
+    while (together < 8 && 2 * together * w.k * kLanes * 4 <= kTablesTogether) together *= 2;
     return together;
 }
 
-// coordinates [columns][lanes] <- x [count][columns], count <= lanes; lanes past count are 0.
+// coordinates [first to last of the columns][lanes] <- x [count][columns], count <= lanes; lanes past count are 0. A few
+// columns at a time: those of all tokens may fall into one set of the cache.
 template <typename T>
-inline void transpose_tokens(const T* x, int64_t count, int64_t columns, float* coordinates) {
-    for (int64_t c = 0; c < columns; ++c)
-        for (int t = 0; t < kLanes; ++t) coordinates[c * kLanes + t] = t < count ? to_float(x[t * columns + c]) : 0.0f;
+inline void transpose_tokens(const T* x, int64_t count, int64_t columns, int64_t first, int64_t last, float* coordinates) {
+    constexpr int64_t kRun = 16;
+    for (int64_t run = first; run < last; run += kRun) {
+        const int64_t end = run + kRun < last ? run + kRun : last;
+        for (int t = 0; t < kLanes; ++t)
+            for (int64_t c = run; c < end; ++c) coordinates[c * kLanes + t] = t < count ? to_float(x[t * columns + c]) : 0.0f;
+    }
 }
 
 // y [m, n] <- x [m, columns] . W^T + bias
@@ -96,12 +104,18 @@ inline int multiply_by_tables(const T* x, const ProductQuantized& w, const float
     };
     const auto write = [&](int64_t tile, int64_t begin, int64_t end, const float* from, int64_t count_parts) {
         const int64_t first = tile * kLanes, count = m - first < kLanes ? m - first : kLanes;
-        for (int64_t o = begin; o < end; ++o) {
-            Vec sum = load(from + o * kLanes);
-            for (int64_t part = 1; part < count_parts; ++part) sum = sum + load(from + part * outputs + o * kLanes);
-            alignas(64) float lane[kLanes];
-            store(lane, sum + splat(bias ? bias[o] : 0.0f));
-            for (int64_t t = 0; t < count; ++t) y[(first + t) * w.n + o] = from_float<T>(lane[t]);
+        constexpr int64_t kRun = 16;  // outputs of a token that are written in a row
+        alignas(64) float lanes[kRun * kLanes];
+        for (int64_t run = begin; run < end; run += kRun) {
+            const int64_t length = end - run < kRun ? end - run : kRun;
+            for (int64_t i = 0; i < length; ++i) {
+                Vec sum = load(from + (run + i) * kLanes);
+                for (int64_t part = 1; part < count_parts; ++part)
+                    sum = sum + load(from + part * outputs + (run + i) * kLanes);
+                store(lanes + i * kLanes, sum + splat(bias ? bias[run + i] : 0.0f));
+            }
+            for (int64_t t = 0; t < count; ++t)
+                for (int64_t i = 0; i < length; ++i) y[(first + t) * w.n + run + i] = from_float<T>(lanes[i * kLanes + t]);
         }
     };
     if (parts == 1) {
@@ -109,7 +123,7 @@ inline int multiply_by_tables(const T* x, const ProductQuantized& w, const float
             float *to = sums.get() + thread * outputs, *from = tokens.get() + thread * coordinates;
             for (int64_t tile = tiles * thread / team; tile < tiles * (thread + 1) / team; ++tile) {
                 const int64_t first = tile * kLanes;
-                transpose_tokens(x + first * w.columns(), m - first, w.columns(), from);
+                transpose_tokens(x + first * w.columns(), m - first, w.columns(), 0, w.columns(), from);
                 add(0, w.blocks, from, work.get() + thread * table, to);
                 write(tile, 0, w.n, to, 1);
             }
@@ -119,9 +133,7 @@ inline int multiply_by_tables(const T* x, const ProductQuantized& w, const float
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = tile * kLanes;
         parallel_for(w.columns(), 64, [&](int64_t begin, int64_t end) {
-            for (int64_t c = begin; c < end; ++c)
-                for (int t = 0; t < kLanes; ++t)
-                    tokens.get()[c * kLanes + t] = first + t < m ? to_float(x[(first + t) * w.columns() + c]) : 0.0f;
+            transpose_tokens(x + first * w.columns(), m - first, w.columns(), begin, end, tokens.get());
         });
         parallel(parts, [&](int thread, int team) {
             for (int64_t part = thread; part < parts; part += team)

@@ -213,6 +213,11 @@ def capability(tens: int, *names: str) -> Iterator[None]:
         loaded.qnk_emulator_capability(80)
 
 
+def warpgroup_products(*names: str) -> int:
+    """How many wgmma the kernels of `names` have run since the last call."""
+    return _kernels(*names).library.qnk_emulator_products()
+
+
 @contextlib.contextmanager
 def shared_memory(size: int, *names: str) -> Iterator[None]:
     """A device whose blocks may have `size` bytes of shared memory (227 KiB otherwise)."""

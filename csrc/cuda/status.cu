@@ -1,9 +1,14 @@
 #include "cuda/status.h"
 
+#include <atomic>
+
 namespace qnk {
 namespace {
 thread_local cudaError_t last_error = cudaSuccess;
-}
+std::atomic<bool> allowed{true};
+}  // namespace
+
+bool wgmma_allowed() { return allowed; }
 
 int cuda_status(cudaError_t error) {
     if (error == cudaSuccess) return QNK_OK;
@@ -19,3 +24,5 @@ int qnk_cuda_device_count(void) {
     int count = 0;
     return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
+
+int qnk_cuda_allow_wgmma(int allow) { return qnk::allowed.exchange(allow != 0); }

@@ -1,7 +1,8 @@
 """Bindings of the CUDA C++ kernels: launched on torch's current stream, nothing waits."""
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -33,6 +34,17 @@ def load() -> dict[str, Callable]:
     library.qnk_cuda_last_error.restype = ctypes.c_char_p
     kernels = CudaKernels(functions, library.qnk_cuda_last_error)
     return {name: getattr(kernels, name) for name in CUDA_ARGTYPES}
+
+
+@contextlib.contextmanager
+def without_wgmma() -> Iterator[None]:
+    """GPUs of compute capability 9.0 use the kernels that all GPUs have: for tests and benchmarks."""
+    allow = declare(open_library("cuda"), "cuda", {"allow_wgmma": CUDA_QUERIES["allow_wgmma"]})["allow_wgmma"]
+    before = allow(0)
+    try:
+        yield
+    finally:
+        allow(before)
 
 
 class CudaKernels(PqKernels, KMeansKernels):

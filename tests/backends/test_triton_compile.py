@@ -59,6 +59,16 @@ def test_every_kernel_compiles_without_spills():
         names = {one["kernel"] for one in report["kernels"] if one["arch"] == "sm_90a"}
         for family in ("fake_quantize", "int_linear", "kmeans", "pq_linear"):
             assert any(name.startswith(family) for name in names)
+        # kernels with wgmma hold 128 sums a thread, and are empty elsewhere
+        registers = {
+            arch: [
+                one["registers"]
+                for one in report["kernels"]
+                if one["arch"] == arch and "wgmma" in one["variant"]
+            ]
+            for arch in ("sm_80", "sm_90a")
+        }
+        assert registers["sm_80"] and max(registers["sm_80"]) < 32 and min(registers["sm_90a"]) > 128
 
 
 def test_a_spill_in_machine_code_is_seen():

@@ -23,13 +23,17 @@ struct Product {
     unsigned group;  // commits of the thread before it
 };
 
-using Fragments16 = std::map<const uint32_t*, std::vector<uint32_t>>;  // of A, with what they held
+struct Fragment {  // of A, as it was at the last fence
+    const uint32_t* a;
+    uint32_t held[4];
+};
 
 struct Thread {
     std::vector<Product> pending;
     unsigned commits;
     bool proxy_fence;           // since the last barrier
-    Fragments16 fenced, last_fence;  // of the fence that begins, and of the last
+    std::vector<Fragment> fenced;  // by the last fence
+    bool fence_complete;           // so that the next array begins another
     std::map<const float*, std::vector<float>> sums;  // of products; in memory they are poison in flight
 };
 
@@ -45,6 +49,7 @@ int count = 0;                                    // threads of the block
 std::vector<unsigned char> visible;               // shared memory as the async proxy sees it
 std::vector<Step> steps[kWarps / kWarpsOfGroup];  // products of each warpgroup
 size_t done[kWarps];                              // how many of them each warp has issued
+unsigned products = 0;                            // of all warps and launches
 
 Thread& mine() { return threads_of_block[thread()]; }
 
@@ -97,6 +102,7 @@ void combine_issue(void* const (&payload)[kLanes]) {
     if (visible.empty() || *tile != read_tile(visible.data(), first.b, first.columns))
         fail("wgmma on a tile that was written after the last barrier with fence_async_shared by all threads");
     for (void* one : payload) static_cast<Product*>(one)->tile = tile;
+    ++products;
 }
 
 // The sums of a warp, in the fragments of the PTX ISA ("Register Fragments for wgmma.mma_async.m64nNk16").
@@ -104,6 +110,8 @@ void land(Thread* const lanes, size_t index) {
     const Product& first = lanes[0].pending[index];
     std::vector<double> b(first.tile->size());
     for (size_t i = 0; i < b.size(); ++i) b[i] = first.value((*first.tile)[i]);
+    float* sums[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane].sums[lanes[lane].pending[index].d].data();
     for (int row = 0; row < 16; ++row) {
         double a[16];
         for (int k = 0; k < 16; ++k) {
@@ -111,8 +119,7 @@ void land(Thread* const lanes, size_t index) {
             a[k] = first.value(static_cast<uint16_t>(holder.fragment[row / 8 + 2 * (k / 8)] >> (k % 2 * 16)));
         }
         for (int n = 0; n < first.columns; ++n) {
-            Thread& holder = lanes[row % 8 * 4 + n % 8 / 2];
-            float& d = holder.sums[holder.pending[index].d][static_cast<size_t>(n / 8 * 4 + row / 8 * 2 + n % 2)];
+            float& d = sums[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
             d = tensor_core_sum(a, &b[static_cast<size_t>(n) * 16], 16, d);
         }
     }
@@ -193,17 +200,25 @@ void fence_array(const float* d, size_t n) {
     mine().sums[d].assign(d, d + n);
 }
 
-void fence_array(const uint32_t* a, size_t n) { mine().fenced[a].assign(a, a + n); }
+void fence_array(const uint32_t* a) {
+    Thread& one = mine();
+    if (one.fence_complete) one.fenced.clear();
+    one.fence_complete = false;
+    one.fenced.push_back({a, {a[0], a[1], a[2], a[3]}});
+}
 
-void fence() { mine().last_fence = std::exchange(mine().fenced, {}); }
+void fence() {
+    if (mine().fence_complete) mine().fenced.clear();
+    mine().fence_complete = true;
+}
 
 void fence_proxy() { mine().proxy_fence = true; }
 
 void issue(float* d, int columns, const uint32_t* a, uint64_t b, double (*value)(uint16_t)) {
     Thread& one = mine();
     const size_t n = static_cast<size_t>(columns) / 2;
-    const auto fragment = one.last_fence.find(a);
-    if (fragment == one.last_fence.end() || memcmp(fragment->second.data(), a, 4 * sizeof *a))
+    const auto held = [&](const Fragment& f) { return f.a == a && !memcmp(f.held, a, sizeof f.held); };
+    if (!one.fence_complete || std::none_of(one.fenced.begin(), one.fenced.end(), held))
         fail("wgmma with registers of A that were written after the last wgmma_fence");
     const auto same = [&](const Product& other) { return other.d == d; };
     if (std::any_of(one.pending.begin(), one.pending.end(), same)) {
@@ -232,3 +247,8 @@ void results(const float* d) {
 }
 
 }  // namespace emulator
+
+// For tests: products of warps since the last call.
+extern "C" __attribute__((visibility("default"))) unsigned qnk_emulator_products() {
+    return std::exchange(emulator::products, 0);
+}

@@ -18,7 +18,7 @@ void end_of_block();
 
 uint32_t shared_address(const void* pointer);
 void fence_array(const float* d, size_t n);  // what wgmma_fence is given, one after another
-void fence_array(const uint32_t* a, size_t n);
+void fence_array(const uint32_t* a);  // 4 words
 void fence();  // after them
 void fence_proxy();
 void issue(float* d, int columns, const uint32_t* a, uint64_t b, double (*value)(uint16_t));

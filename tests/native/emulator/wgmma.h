@@ -17,8 +17,10 @@ template <typename T, int Count>
 void fence_arrays(T (&array)[Count]) {
     if constexpr (std::is_array_v<T>)
         for (T& inner : array) fence_arrays(inner);
-    else
+    else if constexpr (std::is_same_v<T, float>)
         emulator::fence_array(array, Count);
+    else
+        emulator::fence_array(array);
 }
 template <typename T, int Count>
 void results_of(T (&array)[Count]) {

@@ -28,7 +28,7 @@ import torch
 from bench_int_linear import dense, dynamic_int8, int8pack
 from harness import Case, Contender, has_kernel, ours
 from qnkernels import functional as F
-from qnkernels.backends.cuda import without_wgmma
+from qnkernels.backends.cuda import use_wgmma
 
 
 @dataclass
@@ -94,7 +94,7 @@ def on_any_gpu(prepare: Callable, inputs: Inputs) -> Callable:
     call = prepare(inputs)
 
     def run() -> object:
-        with without_wgmma():
+        with use_wgmma("never"):
             return call()
 
     return run

@@ -213,6 +213,17 @@ def capability(tens: int, *names: str) -> Iterator[None]:
         loaded.qnk_emulator_capability(80)
 
 
+@contextlib.contextmanager
+def wgmma_wherever_possible(*names: str) -> Iterator[None]:
+    """Launchers do not weigh whether wgmma is the fastest."""
+    use = _kernels(*names).library.qnk_cuda_use_wgmma
+    before = use(2)
+    try:
+        yield
+    finally:
+        use(before)
+
+
 def warpgroup_products(*names: str) -> int:
     """How many wgmma the kernels of `names` have run since the last call."""
     return _kernels(*names).library.qnk_emulator_products()

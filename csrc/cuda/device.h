@@ -76,12 +76,12 @@ inline int processors() {
     return count;
 }
 
-bool wgmma_allowed();  // see qnk_cuda_allow_wgmma
+int wgmma_use();  // see qnk_cuda_use_wgmma
 
 // Whether the current device runs code of sm_90a, with wgmma: compute capability 9.0, and no other.
 inline bool has_wgmma() {
     int device = 0, major = 0, minor = 0;
-    if (!wgmma_allowed() || cudaGetDevice(&device) != cudaSuccess) return false;
+    if (wgmma_use() == 0 || cudaGetDevice(&device) != cudaSuccess) return false;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     return major == 9 && minor == 0;

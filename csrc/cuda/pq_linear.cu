@@ -40,7 +40,14 @@ int by_dtype(int dtype, const Body& body) {
 
 // Whether wgmma multiplies m tokens. Its tiles have 128 of them: with up to half as many, the smaller tiles of
 // mma.sync, which are bound by reading codewords, do less that is thrown away.
-bool by_wgmma(int m, const PqWeight& w) { return m > 64 && pq_wgmma_serves(w); }
+bool by_wgmma(int m, const PqWeight& w) { return (m > 64 || wgmma_use() > 1) && pq_wgmma_serves(w); }
+
+// The gradient of x has no parts: a grid is its tiles, which are twice as large as those of mma.sync and pay off where
+// there is one for most multiprocessors.
+bool grad_x_by_wgmma(int m, const PqWeight& w) {
+    const bool full = 4 * pq_wgmma_tiles(m, w.columns()) >= 3 * static_cast<int64_t>(processors());
+    return (full || wgmma_use() > 1) && by_wgmma(m, w);
+}
 
 template <typename T>
 int splits(int m, const PqWeight& w) {
@@ -125,7 +132,7 @@ int qnk_cuda_pq_linear_backward(const void* grad, const void* x, int dtype, cons
             if (sums && error == cudaSuccess) error = pq_linear_grad_codebook_float(from, rows, w, to, tokens, on);
         } else {
             T* const to_x = static_cast<T*>(grad_x);
-            if (grad_x && by_wgmma(tokens, w))
+            if (grad_x && grad_x_by_wgmma(tokens, w))
                 error = pq_linear_grad_x_wgmma(from, w, to_x, tokens, on);
             else if (grad_x)
                 error = pq_linear_grad_x(from, w, to_x, tokens, on);

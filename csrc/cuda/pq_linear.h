@@ -34,6 +34,7 @@ int pq_float_splits(int m, const PqWeight& w);
 
 // Whether the current device and the size of the codebook allow the kernels with wgmma.
 bool pq_wgmma_serves(const PqWeight& w);
+int64_t pq_wgmma_tiles(int m, int width);  // blocks of theirs
 
 constexpr int kFewTokens = 16, kFewFloatTokens = 8;
 

@@ -4,19 +4,18 @@
 // Both are y^T [width, m] = A [width, depth] @ x^T, with A = W and depth the columns of W, or A = W^T and depth its
 // outputs. The order of k is that of x, so that the tiles of x are plain copies; the order of the rows of A is free:
 // a thread's four rows, two of each m64 product, are a run of adjacent ones. For W it reads 4 bytes of a codeword at a
-// time, its neighbours the rest of 16 (8): as many cycles of shared memory as with long loads, and 4 times their
-// instructions, of which there is room for 10 times. (In the order of k that gives a thread whole codewords, x would
-// have to be permuted in pieces of 4 bytes: by 4-byte copies, 16 cycles of instructions for 8 of tensor cores, or in
-// another pass, 50 us of 4096 tokens.) For W^T it reads 8 bytes, its four rows, of each of the four outputs of its
-// registers.
+// time, its neighbours the rest of 16 (8): as many cycles of shared memory as with long loads, and 4 times as many
+// instructions. For W^T it reads 8 bytes, its four rows, of each of the four outputs of its registers. (In the order of
+// k that gives a thread whole codewords, x would be permuted in pieces of 4 bytes: with 4-byte copies 64 instructions
+// of a warp for 32 of k instead of 16, each with an address, or in another pass, 50 us of 4096 tokens.)
 //
 // A block: 256 of the width and 128 tokens, two warpgroups with two m64n128 products each; a step is 64 of the depth.
 // Of a step, in cycles of an SM: tensor cores 1024 (2048 products a cycle). Shared memory: 512 for tiles of x, which
-// each product reads, 256 for codewords, 128 for copies, 64 for codes through the L1: 960. The decoding of one half
-// of a step runs beside the products of the other.
+// each product reads, 256 for codewords, 128 for copies, 64 for codes through the L1: 960. Instructions: 350 of each
+// warp, two warps a scheduler: 700. The decoding of one half of a step runs beside the products of the other.
 // Predicted for 8192x8192, d = 8, K = 256 on H100 (989 TFLOPS of bf16, of which 70 % are expected, since shared memory
 // is as busy as the tensor cores): 128 tokens: 4 parts, 25 us and 7 us for adding parts; 256: 2 parts, 50 + 5 us;
-// 4096: 790 us (mma.sync, at 60 %: 29, 58, 930). Registers: about 220, so 8 warps an SM; 97 KiB of shared memory with
+// 4096: 790 us (mma.sync, at 60 %: 29, 58, 930). Registers: 220 to 241, so 8 warps an SM; 97 KiB of shared memory with
 // d = 8 and K = 256: 64 of stages, 33 of codewords; W^T: 130 KiB.
 #include "cuda/pq_fragments.cuh"
 #include "cuda/wgmma.h"
@@ -265,8 +264,7 @@ __global__ void __launch_bounds__(kThreads)
 template <bool Transposed, typename T>
 cudaError_t launch_wgmma(const T* x, const PqWeight& w, const PqOutput& out, int m, cudaStream_t stream) {
     const int width = Transposed ? w.columns() : w.n;
-    const int64_t tiles = static_cast<int64_t>((width + kWidth - 1) / kWidth) * ((m + kTokens - 1) / kTokens);
-    const dim3 grid(static_cast<unsigned>(tiles), out.splits);
+    const dim3 grid(static_cast<unsigned>(pq_wgmma_tiles(m, width)), out.splits);
     const auto of = [&](auto code, auto piece) {
         const CodewordTable table = codeword_table(w, piece, kOtherBytes, shared_memory_limit());
         return launch(pq_linear_wgmma_kernel<T, decltype(code), piece, Transposed>, grid, dim3(kThreads),
@@ -290,9 +288,12 @@ bool pq_wgmma_serves(const PqWeight& w) {
            codeword_table(w, 4, kOtherBytes, shared_memory_limit()).rows > 0;
 }
 
+int64_t pq_wgmma_tiles(int m, int width) {
+    return static_cast<int64_t>((width + kWidth - 1) / kWidth) * ((m + kTokens - 1) / kTokens);
+}
+
 int pq_wgmma_splits(int m, const PqWeight& w) {
-    const int64_t tiles = static_cast<int64_t>((w.n + kWidth - 1) / kWidth) * ((m + kTokens - 1) / kTokens);
-    const int64_t most = processors() / tiles, enough = (w.columns() + 63) / 64 / kMinSteps;
+    const int64_t most = processors() / pq_wgmma_tiles(m, w.n), enough = (w.columns() + 63) / 64 / kMinSteps;
     const int64_t splits = most < enough ? most : enough;
     return splits > 1 ? static_cast<int>(splits) : 1;
 }

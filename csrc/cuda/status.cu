@@ -5,10 +5,10 @@
 namespace qnk {
 namespace {
 thread_local cudaError_t last_error = cudaSuccess;
-std::atomic<bool> allowed{true};
+std::atomic<int> use{1};
 }  // namespace
 
-bool wgmma_allowed() { return allowed; }
+int wgmma_use() { return use; }
 
 int cuda_status(cudaError_t error) {
     if (error == cudaSuccess) return QNK_OK;
@@ -25,4 +25,4 @@ int qnk_cuda_device_count(void) {
     return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
-int qnk_cuda_allow_wgmma(int allow) { return qnk::allowed.exchange(allow != 0); }
+int qnk_cuda_use_wgmma(int use) { return qnk::use.exchange(use); }

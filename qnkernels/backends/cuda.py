@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 
@@ -37,14 +38,14 @@ def load() -> dict[str, Callable]:
 
 
 @contextlib.contextmanager
-def without_wgmma() -> Iterator[None]:
-    """GPUs of compute capability 9.0 use the kernels that all GPUs have: for tests and benchmarks."""
-    allow = declare(open_library("cuda"), "cuda", {"allow_wgmma": CUDA_QUERIES["allow_wgmma"]})["allow_wgmma"]
-    before = allow(0)
+def use_wgmma(where: Literal["never", "best", "possible"]) -> Iterator[None]:
+    """Where GPUs of compute capability 9.0 use wgmma ("best" otherwise): for tests and benchmarks."""
+    use = declare(open_library("cuda"), "cuda", {"use_wgmma": CUDA_QUERIES["use_wgmma"]})["use_wgmma"]
+    before = use(("never", "best", "possible").index(where))
     try:
         yield
     finally:
-        allow(before)
+        use(before)
 
 
 class CudaKernels(PqKernels, KMeansKernels):

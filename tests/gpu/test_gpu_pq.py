@@ -5,7 +5,7 @@ import torch
 
 import qnkernels as qnk
 from qnkernels import functional as F
-from qnkernels.backends.cuda import without_wgmma
+from qnkernels.backends.cuda import use_wgmma
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -87,12 +87,13 @@ WARPGROUPS = (
 @pytest.mark.of("pq_linear")
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("m", [65, 128, 333])
+@pytest.mark.parametrize("m", [17, 65, 128, 333])
 @pytest.mark.parametrize("shape", WARPGROUPS, ids=str)
 def test_pq_linear_of_many_tokens(device, backend, shape, m, dtype):
-    check_linear(device, backend, shape, m, dtype)
-    if backend == "cuda":
-        with without_wgmma():
+    if backend != "cuda":
+        return check_linear(device, backend, shape, m, dtype)
+    for where in ("never", "best", "possible"):
+        with use_wgmma(where):
             check_linear(device, backend, shape, m, dtype)
 
 
@@ -105,7 +106,7 @@ def test_wgmma_repeats_itself(device, backend):
     codes, codebook, weight = quantized(2048, 256, 8, 256, torch.bfloat16)
     x, grad = (torch.randn(500, n, device=device).bfloat16() for n in (weight.shape[1], 2048))
     codes, codebook = codes.to(device), codebook.to(device)
-    with qnk.backend(backend):
+    with qnk.backend(backend), use_wgmma("possible"):
         forward = [torch.ops.qnkernels.pq_linear(x, codes, codebook, None) for _ in range(20)]
         arguments = (grad, x, codes, codebook, True, True, False)
         backward = [torch.ops.qnkernels.pq_linear_backward(*arguments)[0] for _ in range(20)]

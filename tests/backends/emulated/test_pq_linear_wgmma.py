@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from helpers_emulator import capability, emulated, processors, shared_memory, warpgroup_products
+from helpers_emulator import (
+    capability,
+    emulated,
+    processors,
+    shared_memory,
+    warpgroup_products,
+    wgmma_wherever_possible,
+)
 from helpers_pq_linear import SOURCES, assert_near, weight
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -59,7 +66,8 @@ def test_gradient_of_x_against_float64(shape, dtype):
     codes, codebook, decoded = weight(*shape, dtype, False, torch.Generator().manual_seed(3))
     grad = random(131, shape[0], dtype=dtype, seed=4)
     x = random(131, decoded.shape[1], dtype=dtype, seed=5)
-    grad_x, _ = ours()["pq_linear_backward"](grad, x, codes, codebook, True, True, False)
+    with wgmma_wherever_possible(*SOURCES):
+        grad_x, _ = ours()["pq_linear_backward"](grad, x, codes, codebook, True, True, False)
     assert warpgroup_products(*SOURCES) > 0
     assert_near(grad_x, grad.double() @ decoded, grad.double().abs() @ decoded.abs(), shape[0], dtype)
 
@@ -85,6 +93,27 @@ def test_depth_divided_among_processors(with_bias):
 def test_what_other_kernels_serve(shape, m):
     check_linear(shape, m, torch.bfloat16, True)
     assert warpgroup_products(*SOURCES) == 0
+
+
+@pytest.mark.parametrize("where", ["forward", "gradient"])
+def test_few_tiles(where):
+    """Few tokens, or a gradient of few tiles, are faster without; a test may want wgmma nevertheless."""
+    codes, codebook, _ = weight(16, 4, 8, 16, torch.bfloat16, True, torch.Generator().manual_seed(7))
+    m = 40 if where == "forward" else 70
+    x, grad = (random(m, n, dtype=torch.bfloat16, seed=8) for n in (32, 16))
+
+    def run():
+        if where == "forward":
+            return ours()["pq_linear"](x, codes, codebook, None)
+        return ours()["pq_linear_backward"](grad, x, codes, codebook, True, True, False)[0]
+
+    with processors(132, *SOURCES):
+        plain = run()
+        assert warpgroup_products(*SOURCES) == 0
+        with wgmma_wherever_possible(*SOURCES):
+            other = run()
+    assert warpgroup_products(*SOURCES) > 0
+    torch.testing.assert_close(plain, other, rtol=2**-7, atol=2**-7)
 
 
 def test_other_devices_and_tables_that_do_not_fit():
@@ -116,7 +145,9 @@ def test_values_that_are_not_finite_stay_where_they_are_used(n_centroids):
     used[[4, 9]] = True
     assert y[:, used].isinf().all() and y[:, ~used].isfinite().all()
     grad[5, 3] = float("inf")
-    grad_x, _ = ours()["pq_linear_backward"](grad, x, codes, codebook, True, True, False)
+    warpgroup_products(*SOURCES)
+    with wgmma_wherever_possible(*SOURCES):
+        grad_x, _ = ours()["pq_linear_backward"](grad, x, codes, codebook, True, True, False)
     assert not grad_x[5].isfinite().any()
     used = torch.zeros(72, dtype=torch.bool)
     used[8:24] = True

@@ -100,6 +100,20 @@ def test_ptxas_report_is_read(program):
     assert "wild" in wild.variant
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "(C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient"
+        " register resources for the wgmma pipeline in the function '_Z4tamePf'",
+        "(C7517) warpgroup.wait is injected in around line 174 by compiler to allow use of registers defined"
+        " by GMMA in function '_Z4tamePf'",
+    ],
+)
+def test_wgmma_that_waits_is_seen(program, words):
+    tame, wild = program.parse_ptxas(f"ptxas info    : {words}\n{PTXAS}", "odd.cu", "sm_90a")
+    assert tame.error and not wild.error
+
+
 USAGE = """
 Fatbin elf code:
 ================

@@ -4,7 +4,7 @@ import torch
 
 SOURCES = (
     *("pq_linear", "pq_linear_few", "pq_linear_few_float", "pq_linear_tiles", "pq_linear_float"),
-    *("pq_linear_codebook", "pq_linear_wgmma"),
+    *("pq_linear_codebook", "pq_linear_wgmma", "pq_linear_codebook_wgmma"),
 )
 EPSILON = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -25,3 +25,10 @@ def assert_near(actual, exact, magnitude, terms, dtype):
     bound += 2**-25 if dtype == torch.float16 else 0.0  # half a step of its subnormal numbers
     assert actual.dtype == dtype and actual.shape == exact.shape
     assert ((actual.double() - exact).abs() <= bound).all()
+
+
+def by_codeword(blocks, codes, n_centroids, mean):
+    """Sum or mean by codeword of blocks float64 [len(codes), d]."""
+    index = codes.long().flatten()
+    total = blocks.new_zeros(n_centroids, blocks.shape[1]).index_add_(0, index, blocks)
+    return total / torch.bincount(index, minlength=n_centroids).clamp(min=1)[:, None] if mean else total

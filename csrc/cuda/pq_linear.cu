@@ -136,7 +136,9 @@ int qnk_cuda_pq_linear_backward(const void* grad, const void* x, int dtype, cons
                 error = pq_linear_grad_x_wgmma(from, w, to_x, tokens, on);
             else if (grad_x)
                 error = pq_linear_grad_x(from, w, to_x, tokens, on);
-            if (sums && error == cudaSuccess) error = pq_linear_grad_codebook(from, rows, w, to, tokens, on);
+            if (sums && error == cudaSuccess)
+                error = has_wgmma() ? pq_linear_grad_codebook_wgmma(from, rows, w, to, tokens, on)
+                                    : pq_linear_grad_codebook(from, rows, w, to, tokens, on);
         }
         return cuda_status(error);
     });

@@ -65,6 +65,9 @@ struct PqSums {
 template <typename T>
 cudaError_t pq_linear_grad_codebook(const T* grad, const T* x, const PqWeight& w, const PqSums& to, int m,
                                     cudaStream_t stream);
+template <typename T>
+cudaError_t pq_linear_grad_codebook_wgmma(const T* grad, const T* x, const PqWeight& w, const PqSums& to, int m,
+                                          cudaStream_t stream);
 cudaError_t pq_linear_grad_codebook_float(const float* grad, const float* x, const PqWeight& w, const PqSums& to, int m,
                                           cudaStream_t stream);
 

@@ -29,6 +29,9 @@ __device__ __forceinline__ uint64_t wgmma_operand(uint32_t address, uint32_t lea
     return static_cast<uint64_t>(high) << 32 | low;
 }
 
+// Where the columns of each k lie together instead, in chunks of 8 of them: k, chunk c is at tile_offset(k, c) of a
+// tile [k, 64 columns] with Swizzle128; `stride_bytes`, 1024, is from 8 of k to the next, `leading_bytes` from 64
+// columns to the next.
 constexpr uint64_t kNextK = 32 >> 4;
 constexpr uint32_t kSwizzleBytes = 1024;  // of the pattern: 8 columns of 128 bytes
 
@@ -90,6 +93,7 @@ __device__ __forceinline__ void wgmma_results(Array& d) {
 // t = lane % 4:
 //   a: words (16w + g, 2t..2t+1), (16w + g + 8, 2t..), (16w + g, 2t + 8..), (16w + g + 8, 2t + 8..) as (row, columns)
 //   d[4i..4i+3]: (16w + g, 8i + 2t), (16w + g, 8i + 2t + 1), (16w + g + 8, 8i + 2t), (16w + g + 8, 8i + 2t + 1)
+// run_across: a [16 of k, 64] is a tile, too, and in both the columns of each k lie together.
 template <typename T, int N>
 struct Wgmma;
 
@@ -106,7 +110,7 @@ struct Wgmma;
 #define QNK_D64(i) QNK_D32(i), QNK_D32(i + 32)
 #define QNK_D128(i) QNK_D64(i), QNK_D64(i + 64)
 
-#define QNK_WGMMA_M64K16(T, name, N, registers, operands, a_and_b)                                                 \
+#define QNK_WGMMA_M64K16(T, name, N, registers, operands, a_and_b, tiles)                                          \
     template <>                                                                                                    \
     struct Wgmma<T, N> {                                                                                           \
         static __device__ __forceinline__ void run(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {        \
@@ -115,13 +119,20 @@ struct Wgmma;
                       : registers                                                                                  \
                       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                       \
         }                                                                                                          \
+        static __device__ __forceinline__ void run_across(float (&d)[N / 2], uint64_t a, uint64_t b) {             \
+            QNK_WGMMA("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." name "." name " {" operands "}, " tiles    \
+                      ", 1, 1, 1, 1, 1;"                                                                           \
+                      : registers                                                                                  \
+                      : "l"(a), "l"(b));                                                                           \
+        }                                                                                                          \
     };
 #define QNK_WGMMA_SIZES(T, name)                                                                                   \
-    QNK_WGMMA_M64K16(T, name, 64, QNK_D32(0), QNK_TO_30 "%30, %31", "{%32, %33, %34, %35}, %36")                   \
-    QNK_WGMMA_M64K16(T, name, 128, QNK_D64(0), QNK_TO_60 "%60, %61, %62, %63", "{%64, %65, %66, %67}, %68")        \
+    QNK_WGMMA_M64K16(T, name, 64, QNK_D32(0), QNK_TO_30 "%30, %31", "{%32, %33, %34, %35}, %36", "%32, %33")       \
+    QNK_WGMMA_M64K16(T, name, 128, QNK_D64(0), QNK_TO_60 "%60, %61, %62, %63", "{%64, %65, %66, %67}, %68",        \
+                     "%64, %65")                                                                                   \
     QNK_WGMMA_M64K16(T, name, 256, QNK_D128(0),                                                                    \
                      QNK_TO_120 "%120, %121, %122, %123, %124, %125, %126, %127",                                  \
-                     "{%128, %129, %130, %131}, %132")
+                     "{%128, %129, %130, %131}, %132", "%128, %129")
 QNK_WGMMA_SIZES(bf16, "bf16")
 QNK_WGMMA_SIZES(f16, "f16")
 #undef QNK_WGMMA_SIZES
@@ -139,6 +150,11 @@ QNK_WGMMA_SIZES(f16, "f16")
 template <typename T, int Count>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[Count], const uint32_t (&a)[4], uint64_t b) {
     Wgmma<T, 2 * Count>::run(d, a, b);
+}
+
+template <typename T, int Count>
+__device__ __forceinline__ void wgmma_m64k16_across(float (&d)[Count], uint64_t a, uint64_t b) {
+    Wgmma<T, 2 * Count>::run_across(d, a, b);
 }
 
 #endif

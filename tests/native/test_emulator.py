@@ -130,7 +130,7 @@ def warpgroup_operands(dtype):
     return torch.cat((a, b)).to(dtype), (a @ b.t()).float()
 
 
-@pytest.mark.parametrize("name", ["bf16", "f16", "plain"])
+@pytest.mark.parametrize("name", ["bf16", "f16", "plain", "across"])
 def test_products_of_a_warpgroup(name):
     operands, expected = warpgroup_operands(torch.float16 if name == "f16" else torch.bfloat16)
     assert torch.equal(cases().run("warpgroup", f"wgmma_{name}", operands), expected)
@@ -146,6 +146,7 @@ def test_products_of_a_warpgroup(name):
         ("fence_before_fragments", "registers of A that were written after the last wgmma_fence"),
         ("no_wait", "exits while a wgmma is in flight"),
         ("tile_overwritten", "the tile of a wgmma was written before the wait"),
+        ("across_overwritten", "the tile of a wgmma was written before the wait"),
         ("fragments_overwritten", "the registers of A of a wgmma were written before the wait"),
         ("sums_overwritten", "the sums of a wgmma were written before the wait"),
         ("misplaced", "not in the first row of the pattern"),

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers_emulator import emulated, processors
-from helpers_pq_linear import SOURCES, assert_near, weight
+from helpers_pq_linear import SOURCES, assert_near, by_codeword, weight
 from numeric import DTYPES, assert_identical
 
 # rows of the weight, blocks, d, centroids: one of each; odd; one past a tile; codes of two bytes in shared
@@ -29,13 +29,6 @@ ROWS = (1, 3, 8, 9, 16, 17, 65, 130)
 
 def ours() -> dict:
     return emulated(*SOURCES)
-
-
-def by_codeword(blocks, codes, n_centroids, mean):
-    """Sum or mean by codeword of blocks float64 [len(codes), d]."""
-    index = codes.long().flatten()
-    total = blocks.new_zeros(n_centroids, blocks.shape[1]).index_add_(0, index, blocks)
-    return total / torch.bincount(index, minlength=n_centroids).clamp(min=1)[:, None] if mean else total
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

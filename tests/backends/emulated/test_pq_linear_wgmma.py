@@ -10,7 +10,7 @@ from helpers_emulator import (
     warpgroup_products,
     wgmma_wherever_possible,
 )
-from helpers_pq_linear import SOURCES, assert_near, weight
+from helpers_pq_linear import SOURCES, assert_near, by_codeword, weight
 
 DTYPES = (torch.bfloat16, torch.float16)
 # rows, blocks, d, centroids: least sizes; past a tile, and past a step; pieces of 4 and of 8 values, one and
@@ -70,6 +70,30 @@ def test_gradient_of_x_against_float64(shape, dtype):
         grad_x, _ = ours()["pq_linear_backward"](grad, x, codes, codebook, True, True, False)
     assert warpgroup_products(*SOURCES) > 0
     assert_near(grad_x, grad.double() @ decoded, grad.double().abs() @ decoded.abs(), shape[0], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "m", "count"),
+    [
+        ((1, 1, 8, 1), 1, 3),
+        ((130, 33, 4, 300), 70, 1),
+        ((67, 18, 8, 256), 131, 3),
+        ((48, 3, 12, 7000), 33, 2),
+    ],
+    ids=str,
+)
+def test_gradient_of_the_codebook_against_float64(shape, m, count, dtype):
+    """count: multiprocessors. Blocks take several tiles; sums in shared and in global memory; odd sizes."""
+    codes, codebook, decoded = weight(*shape, dtype, True, torch.Generator().manual_seed(9))
+    x, grad = random(m, decoded.shape[1], dtype=dtype, seed=10), random(m, shape[0], dtype=dtype, seed=11)
+    with processors(count, *SOURCES):
+        arguments = (grad, x, codes, codebook, True, False, True)
+        _, grad_codebook = ours()["pq_linear_backward"](*arguments)
+    assert warpgroup_products(*SOURCES) > 0
+    dense = (grad.double().T @ x.double(), grad.double().abs().T @ x.double().abs())
+    sums = [by_codeword(one.reshape(codes.numel(), -1), codes, shape[3], True) for one in dense]
+    assert_near(grad_codebook, *sums, m, torch.float32)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -230,6 +230,33 @@ __global__ void warpgroup_product(const float* x, float* y, int) {
     if (What != Wrong::NoWait) wgmma_wait<0>();
 }
 
+// The same product from tiles of both, in which the 64 rows or columns of each k lie together.
+template <typename T, Wrong What>
+__global__ void warpgroup_product_across(const float* x, float* y, int) {
+    constexpr int kTile = 32 * 128;  // bytes
+    QNK_SHARED_MEMORY(memory);
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
+    unsigned char* const tiles = memory + to_swizzle_boundary(memory);
+    for (int i = thread; i < 2 * 64 * 32; i += 128) {
+        const int which = i / 2048, n = i / 32 % 64, k = i % 32;
+        *reinterpret_cast<uint16_t*>(tiles + which * kTile + tile_offset(k, n / 8) + n % 8 * 2) =
+            reinterpret_cast<const uint16_t*>(x)[i];
+    }
+    fence_async_shared();
+    __syncthreads();
+    float d[32] = {};
+    wgmma_fence(d);
+    for (int k = 0; k < 2; ++k) {
+        const uint64_t a = wgmma_operand(shared_address(tiles) + k * 2048, 0, 1024, Swizzle::Swizzle128);
+        wgmma_m64k16_across<T>(d, a, a + (kTile >> 4));
+    }
+    wgmma_commit();
+    if (What == Wrong::TileOverwritten && thread == 0) tiles[40] += 1;
+    wgmma_wait<0>();
+    wgmma_results(d);
+    for (int i = 0; i < 32; ++i) y[(16 * warp + g + i / 2 % 2 * 8) * 64 + i / 4 * 8 + 2 * t + i % 2] = d[i];
+}
+
 }  // namespace
 }  // namespace qnk
 
@@ -267,6 +294,8 @@ QNK_CASE(product_u8, (qnk::product<uint8_t, int32_t, false>), 0)
 QNK_CASE(wgmma_bf16, (qnk::warpgroup_product<qnk::bf16, qnk::Swizzle::Swizzle128, qnk::Wrong::Nothing>), 10240)
 QNK_CASE(wgmma_f16, (qnk::warpgroup_product<qnk::f16, qnk::Swizzle::Swizzle128, qnk::Wrong::Nothing>), 10240)
 QNK_CASE(wgmma_plain, (qnk::warpgroup_product<qnk::bf16, qnk::Swizzle::Plain, qnk::Wrong::Nothing>), 10240)
+QNK_CASE(wgmma_across, (qnk::warpgroup_product_across<qnk::bf16, qnk::Wrong::Nothing>), 10240)
+QNK_CASE(wgmma_across_overwritten, (qnk::warpgroup_product_across<qnk::bf16, qnk::Wrong::TileOverwritten>), 10240)
 #define QNK_WRONG(name, what)                                                                                      \
     QNK_CASE(name, (qnk::warpgroup_product<qnk::bf16, qnk::Swizzle::Swizzle128, qnk::Wrong::what>), 10240)
 QNK_WRONG(wgmma_no_proxy_fence, NoProxyFence)

@@ -12,13 +12,15 @@ constexpr int kWarps = 1024 / kLanes, kWarpsOfGroup = 4;
 // no more.
 constexpr uint32_t kSharedStart = 1024 + 128;
 
+using Tile = std::vector<uint16_t>;  // [rows or columns, 16 of k]
+
 struct Product {
     float* d;
     int columns;
-    const uint32_t* a;
+    const uint32_t* a;     // null: A is a tile
     uint32_t fragment[4];  // of A, when it was issued
-    uint64_t b;
-    std::shared_ptr<const std::vector<uint16_t>> tile;  // [columns, 16 of k], when it was issued
+    uint64_t a_tile, b;
+    std::shared_ptr<const Tile> tiles[2];  // of A and B, when it was issued
     double (*value)(uint16_t);
     unsigned group;  // commits of the thread before it
 };
@@ -38,10 +40,15 @@ struct Thread {
 };
 
 struct Step {
-    uint64_t b;
+    bool across;
+    uint64_t a_tile, b;
     int columns;
     double (*value)(uint16_t);
-    bool operator==(const Step& o) const { return b == o.b && columns == o.columns && value == o.value; }
+    explicit Step(const Product& p)
+        : across(!p.a), a_tile(p.a_tile), b(p.b), columns(p.columns), value(p.value) {}
+    bool operator==(const Step& o) const {
+        return across == o.across && a_tile == o.a_tile && b == o.b && columns == o.columns && value == o.value;
+    }
 };
 
 Thread threads_of_block[kWarps * kLanes];
@@ -58,28 +65,54 @@ bool poisoned(const float* d, size_t n) {
     return std::all_of(bytes, bytes + n * sizeof *d, [](unsigned char byte) { return byte == kPoison; });
 }
 
-// What a descriptor names (PTX ISA, "Matrix Descriptor Format"), K-major, from `memory` in place of shared memory.
-std::vector<uint16_t> read_tile(const unsigned char* memory, uint64_t b, int columns) {
-    const uint32_t start = static_cast<uint32_t>(b & 0x3fff) << 4;
-    const uint32_t leading = static_cast<uint32_t>(b >> 16 & 0x3fff) << 4;
-    const uint32_t stride = static_cast<uint32_t>(b >> 32 & 0x3fff) << 4;
-    const uint32_t base = static_cast<uint32_t>(b >> 49 & 7), mode = static_cast<uint32_t>(b >> 62);
-    const uint32_t row = mode ? 256u >> mode : 16u;  // 128, 64 or 32 bytes of a column
-    if (base) fail("wgmma with base offset %u, which is not emulated", base);
-    if (mode && start % (8 * row) >= row)
-        fail("wgmma on a swizzled tile from address %u, which is not in the first row of the pattern", start);
-    if (mode && start % row + 32 > row) fail("wgmma past the end of the rows of a swizzled tile");
-    std::vector<uint16_t> tile(static_cast<size_t>(columns) * 16);
-    for (int n = 0; n < columns; ++n)
-        for (uint32_t chunk = 0; chunk < 2; ++chunk) {
-            uint32_t at = start + static_cast<uint32_t>(n) / 8 * stride + static_cast<uint32_t>(n) % 8 * row;
-            at += chunk * (mode ? 16 : leading);
-            if (mode) at ^= (at >> 7 & (row / 16 - 1)) << 4;
-            if (at < kSharedStart || at + 16 > kSharedStart + shared_memory_bytes())
-                fail("wgmma reads its tile at address %u, outside dynamic shared memory", at);
-            memcpy(&tile[static_cast<size_t>(n) * 16 + chunk * 8], memory + (at - kSharedStart), 16);
+struct Descriptor {
+    uint32_t start, leading, stride, base, mode;
+    explicit Descriptor(uint64_t bits)
+        : start(bytes(bits)), leading(bytes(bits >> 16)), stride(bytes(bits >> 32)),
+          base(static_cast<uint32_t>(bits >> 49 & 7)), mode(static_cast<uint32_t>(bits >> 62)) {}
+    static uint32_t bytes(uint64_t field) { return static_cast<uint32_t>(field & 0x3fff) << 4; }
+};
+
+// 16 bytes of shared memory, or of what stands for it.
+const unsigned char* chunk_at(const unsigned char* memory, uint32_t at) {
+    if (at < kSharedStart || at + 16 > kSharedStart + shared_memory_bytes())
+        fail("wgmma reads its tile at address %u, outside dynamic shared memory", at);
+    return memory + (at - kSharedStart);
+}
+
+// What a descriptor names (PTX ISA, "Matrix Descriptor Format"): the k of each of `rows` together, or `across`.
+Tile read_tile(const unsigned char* memory, uint64_t bits, int rows, bool across) {
+    const Descriptor tile(bits);
+    const uint32_t pitch = tile.mode ? 256u >> tile.mode : 16u;  // 128, 64 or 32 bytes of a row
+    if (tile.base) fail("wgmma with base offset %u, which is not emulated", tile.base);
+    if (tile.mode && tile.start % (8 * pitch) >= pitch)
+        fail("wgmma on a swizzled tile from address %u, which is not in the first row of the pattern", tile.start);
+    const auto swizzled = [&](uint32_t at) { return tile.mode ? at ^ (at >> 7 & (pitch / 16 - 1)) << 4 : at; };
+    Tile values(static_cast<size_t>(rows) * 16);
+    if (across) {
+        if (tile.mode != 1 || tile.start % 128) fail("wgmma across k with another layout than is emulated");
+        for (uint32_t k = 0; k < 16; ++k)
+            for (uint32_t c = 0; c < static_cast<uint32_t>(rows) / 8; ++c) {
+                const uint32_t at = tile.start + c / 8 * tile.leading + k / 8 * tile.stride + k % 8 * 128 + c % 8 * 16;
+                uint16_t chunk[8];
+                memcpy(chunk, chunk_at(memory, swizzled(at)), 16);
+                for (uint32_t i = 0; i < 8; ++i) values[(c * 8 + i) * 16 + k] = chunk[i];
+            }
+        return values;
+    }
+    if (tile.mode && tile.start % pitch + 32 > pitch) fail("wgmma past the end of the rows of a swizzled tile");
+    for (uint32_t n = 0; n < static_cast<uint32_t>(rows); ++n)
+        for (uint32_t c = 0; c < 2; ++c) {
+            const uint32_t at = tile.start + n / 8 * tile.stride + n % 8 * pitch + c * (tile.mode ? 16 : tile.leading);
+            memcpy(&values[n * 16 + c * 8], chunk_at(memory, swizzled(at)), 16);
         }
-    return tile;
+    return values;
+}
+
+// Tile 0, A, or 1, B, of a product; empty where A is in registers.
+Tile read_tile(const unsigned char* memory, const Product& product, int which) {
+    if (product.a && which == 0) return {};
+    return read_tile(memory, which ? product.b : product.a_tile, which ? product.columns : 64, !product.a);
 }
 
 const unsigned char* shared() { return static_cast<const unsigned char*>(shared_memory()); }
@@ -89,34 +122,38 @@ void combine_issue(void* const (&payload)[kLanes]) {
     const Product& first = *static_cast<Product*>(payload[0]);
     const int warp = thread() / kLanes, group = warp / kWarpsOfGroup;
     if ((group + 1) * kWarpsOfGroup * kLanes > count) fail("wgmma by less than a warpgroup of 128 threads");
-    const Step step{first.b, first.columns, first.value};
-    for (void* one : payload) {
-        const Product& product = *static_cast<Product*>(one);
-        if (!(step == Step{product.b, product.columns, product.value})) fail("wgmma in which lanes of a warp differ");
-    }
+    const Step step(first);
+    for (void* one : payload)
+        if (!(step == Step(*static_cast<Product*>(one)))) fail("wgmma in which lanes of a warp differ");
     std::vector<Step>& all = steps[group];
     const size_t at = done[warp]++;
     if (at == all.size()) all.push_back(step);
     if (!(all[at] == step)) fail("wgmma in which warps of a warpgroup differ");
-    auto tile = std::make_shared<std::vector<uint16_t>>(read_tile(shared(), first.b, first.columns));
-    if (visible.empty() || *tile != read_tile(visible.data(), first.b, first.columns))
-        fail("wgmma on a tile that was written after the last barrier with fence_async_shared by all threads");
-    for (void* one : payload) static_cast<Product*>(one)->tile = tile;
+    for (int which = 0; which < 2; ++which) {
+        const auto tile = std::make_shared<Tile>(read_tile(shared(), first, which));
+        if (visible.empty() || *tile != read_tile(visible.data(), first, which))
+            fail("wgmma on a tile that was written after the last barrier with fence_async_shared by all threads");
+        for (void* one : payload) static_cast<Product*>(one)->tiles[which] = tile;
+    }
     ++products;
 }
 
 // The sums of a warp, in the fragments of the PTX ISA ("Register Fragments for wgmma.mma_async.m64nNk16").
 void land(Thread* const lanes, size_t index) {
     const Product& first = lanes[0].pending[index];
-    std::vector<double> b(first.tile->size());
-    for (size_t i = 0; i < b.size(); ++i) b[i] = first.value((*first.tile)[i]);
+    const Tile &a_tile = *first.tiles[0], &b_tile = *first.tiles[1];
+    std::vector<double> b(b_tile.size());
+    for (size_t i = 0; i < b.size(); ++i) b[i] = first.value(b_tile[i]);
     float* sums[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) sums[lane] = lanes[lane].sums[lanes[lane].pending[index].d].data();
     for (int row = 0; row < 16; ++row) {
         double a[16];
         for (int k = 0; k < 16; ++k) {
             const Product& holder = lanes[row % 8 * 4 + k % 8 / 2].pending[index];
-            a[k] = first.value(static_cast<uint16_t>(holder.fragment[row / 8 + 2 * (k / 8)] >> (k % 2 * 16)));
+            if (!first.a)
+                a[k] = first.value(a_tile[static_cast<size_t>(thread() / kLanes % kWarpsOfGroup * 16 + row) * 16 + k]);
+            else
+                a[k] = first.value(static_cast<uint16_t>(holder.fragment[row / 8 + 2 * (k / 8)] >> k % 2 * 16));
         }
         for (int n = 0; n < first.columns; ++n) {
             float& d = sums[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2];
@@ -137,11 +174,12 @@ void combine_wait(void* const (&payload)[kLanes]) {
     for (; landed < lanes[0].pending.size(); ++landed) {
         const Product& product = lanes[0].pending[landed];
         if (product.group + pending >= lanes[0].commits) break;
-        if (*product.tile != read_tile(shared(), product.b, product.columns))
-            fail("the tile of a wgmma was written before the wait for it");
+        for (int which = 0; which < 2; ++which)
+            if (*product.tiles[which] != read_tile(shared(), product, which))
+                fail("the tile of a wgmma was written before the wait for it");
         for (int lane = 0; lane < kLanes; ++lane) {
             const Product& one = lanes[lane].pending[landed];
-            if (memcmp(one.a, one.fragment, sizeof one.fragment))
+            if (one.a && memcmp(one.a, one.fragment, sizeof one.fragment))
                 fail("the registers of A of a wgmma were written before the wait for it");
             if (!poisoned(one.d, static_cast<size_t>(one.columns) / 2))
                 fail("the sums of a wgmma were written before the wait for it");
@@ -214,24 +252,33 @@ void fence() {
 
 void fence_proxy() { mine().proxy_fence = true; }
 
-void issue(float* d, int columns, const uint32_t* a, uint64_t b, double (*value)(uint16_t)) {
+static void issue(Product product) {
     Thread& one = mine();
-    const size_t n = static_cast<size_t>(columns) / 2;
+    const size_t n = static_cast<size_t>(product.columns) / 2;
+    const auto same = [&](const Product& other) { return other.d == product.d; };
+    if (std::any_of(one.pending.begin(), one.pending.end(), same)) {
+        if (!poisoned(product.d, n)) fail("the sums of a wgmma were written before the wait for it");
+    } else {
+        const auto sums = one.sums.find(product.d);
+        if (sums == one.sums.end() || sums->second.size() != n || memcmp(sums->second.data(), product.d, n * 4))
+            fail("wgmma with sums that were written without a wgmma_fence");
+        memset(product.d, kPoison, n * 4);
+    }
+    product.group = one.commits;
+    collective(0xffffffffu, combine_issue, &product, "wgmma");
+    one.pending.push_back(product);
+}
+
+void issue(float* d, int columns, const uint32_t* a, uint64_t b, double (*value)(uint16_t)) {
+    const Thread& one = mine();
     const auto held = [&](const Fragment& f) { return f.a == a && !memcmp(f.held, a, sizeof f.held); };
     if (!one.fence_complete || std::none_of(one.fenced.begin(), one.fenced.end(), held))
         fail("wgmma with registers of A that were written after the last wgmma_fence");
-    const auto same = [&](const Product& other) { return other.d == d; };
-    if (std::any_of(one.pending.begin(), one.pending.end(), same)) {
-        if (!poisoned(d, n)) fail("the sums of a wgmma were written before the wait for it");
-    } else {
-        const auto sums = one.sums.find(d);
-        if (sums == one.sums.end() || sums->second.size() != n || memcmp(sums->second.data(), d, n * sizeof *d))
-            fail("wgmma with sums that were written without a wgmma_fence");
-        memset(d, kPoison, n * sizeof *d);
-    }
-    Product product{d, columns, a, {a[0], a[1], a[2], a[3]}, b, nullptr, value, one.commits};
-    collective(0xffffffffu, combine_issue, &product, "wgmma");
-    one.pending.push_back(product);
+    issue({d, columns, a, {a[0], a[1], a[2], a[3]}, 0, b, {}, value, 0});
+}
+
+void issue_across(float* d, int columns, uint64_t a, uint64_t b, double (*value)(uint16_t)) {
+    issue({d, columns, nullptr, {}, a, b, {}, value, 0});
 }
 
 void commit() { ++mine().commits; }

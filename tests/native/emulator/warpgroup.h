@@ -22,6 +22,7 @@ void fence_array(const uint32_t* a);  // 4 words
 void fence();  // after them
 void fence_proxy();
 void issue(float* d, int columns, const uint32_t* a, uint64_t b, double (*value)(uint16_t));
+void issue_across(float* d, int columns, uint64_t a, uint64_t b, double (*value)(uint16_t));
 void commit();
 void wait(int pending);
 void results(const float* d);

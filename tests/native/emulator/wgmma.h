@@ -46,6 +46,11 @@ void wgmma_m64k16(float (&d)[Count], const uint32_t (&a)[4], uint64_t b) {
     static_assert(Count == 32 || Count == 64 || Count == 128);
     emulator::issue(d, 2 * Count, a, b, wgmma::value<T>);
 }
+template <typename T, int Count>
+void wgmma_m64k16_across(float (&d)[Count], uint64_t a, uint64_t b) {
+    static_assert(Count == 32 || Count == 64 || Count == 128);
+    emulator::issue_across(d, 2 * Count, a, b, wgmma::value<T>);
+}
 inline void wgmma_commit() { emulator::commit(); }
 template <int Pending>
 void wgmma_wait() {

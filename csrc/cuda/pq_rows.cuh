@@ -39,8 +39,8 @@ template <typename Code, int Width>
 class RowsOfOutputs {
   public:
     __device__ RowsOfOutputs(const PqWeight& w, int first_row, int first_step, int t)
-        : codes_of_row_(static_cast<const Code*>(w.codes) + min(first_row, w.n - kRowsOfThread)), n_(w.n), blocks_(w.blocks),
-          word_(t % (Width / 2)), part_(t / (Width / 2)), step_(first_step) {
+        : codes_of_row_(static_cast<const Code*>(w.codes) + min(first_row, w.n - kRowsOfThread)), n_(w.n),
+          blocks_(w.blocks), word_(t % (Width / 2)), part_(t / (Width / 2)), step_(first_step) {
         while (Width << shift_ < w.d) ++shift_;
     }
 

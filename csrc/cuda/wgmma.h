@@ -20,6 +20,9 @@ namespace qnk {
 // multiple of 1024 bytes; a step of 16 along k is kNextK more. The hardware takes bits 4 to 6 of an address xor bits 7
 // to 9. Plain: 8 columns of a chunk are 128 bytes together (a core matrix); from one chunk to the next are
 // `leading_bytes`, from 8 columns to the next `stride_bytes`.
+// For wgmma_m64k16_across the columns (rows of A) of each k lie together, in chunks of 8 of them, with Swizzle128: k,
+// chunk c is at tile_offset(k, c) of a tile [k, 64 columns]; `stride_bytes`, 1024, is from 8 of k to the next, and
+// `leading_bytes` from 64 columns to the next.
 enum class Swizzle : uint32_t { Plain = 0, Swizzle128 = 1 };
 
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes,
@@ -29,9 +32,6 @@ __device__ __forceinline__ uint64_t wgmma_operand(uint32_t address, uint32_t lea
     return static_cast<uint64_t>(high) << 32 | low;
 }
 
-// Where the columns of each k lie together instead, in chunks of 8 of them: k, chunk c is at tile_offset(k, c) of a
-// tile [k, 64 columns] with Swizzle128; `stride_bytes`, 1024, is from 8 of k to the next, `leading_bytes` from 64
-// columns to the next.
 constexpr uint64_t kNextK = 32 >> 4;
 constexpr uint32_t kSwizzleBytes = 1024;  // of the pattern: 8 columns of 128 bytes
 

@@ -26,8 +26,9 @@ from functools import partial
 import torch
 
 from bench_int_linear import dense, dynamic_int8, int8pack
-from harness import Case, Contender, ours
+from harness import Case, Contender, has_kernel, ours
 from qnkernels import functional as F
+from qnkernels.backends.cuda import use_wgmma
 
 
 @dataclass
@@ -88,10 +89,31 @@ def dense_step(dtype, inputs: Inputs) -> Callable:
     return step(linear, inputs.x.to(dtype), inputs.weight.to(dtype), inputs.grad.to(dtype))
 
 
-def contenders(batch, device_type) -> list[Contender]:
+def on_any_gpu(prepare: Callable, inputs: Inputs) -> Callable:
+    """Ours without wgmma."""
+    call = prepare(inputs)
+
+    def run() -> object:
+        with use_wgmma("never"):
+            return call()
+
+    return run
+
+
+def ours_by_mma(prepare: Callable, dtype, device_type) -> list[Contender]:
+    """What a GPU with wgmma would run without it."""
+    if device_type != "cuda" or dtype == torch.float32 or not has_kernel("cuda", "pq_linear"):
+        return []
+    if torch.cuda.get_device_capability() != (9, 0):
+        return []
+    return [Contender("cuda without wgmma", "ours", partial(on_any_gpu, prepare), backend="cuda")]
+
+
+def contenders(batch, dtype, device_type) -> list[Contender]:
     ceiling = "F.linear bf16" if batch >= 256 else "copy_ codes"
     found = [
         *ours("pq_linear", device_type, call_ours),
+        *(ours_by_mma(call_ours, dtype, device_type) if batch > 64 else []),
         Contender("F.linear fp32", "peer", partial(dense, torch.float32)),
         Contender("F.linear bf16", "peer", partial(dense, torch.bfloat16)),
         Contender("copy_ codes", "peer", copy_codes),
@@ -107,7 +129,8 @@ def step_contenders(dtype, device_type) -> list[Contender]:
     found = [Contender(f"F.linear {types[one]}", "peer", partial(dense_step, one)) for one in types]
     ceiling = f"F.linear {types[dtype]}"
     found = [replace(one, role="ceiling") if one.name == ceiling else one for one in found]
-    return [*ours("pq_linear_backward", device_type, our_step), *found]
+    mma = ours_by_mma(our_step, dtype, device_type)
+    return [*ours("pq_linear_backward", device_type, our_step), *mma, *found]
 
 
 def case(shape, batch, d, n_centroids, dtype, training=False, target=None, quick=False) -> Case:
@@ -123,7 +146,7 @@ def case(shape, batch, d, n_centroids, dtype, training=False, target=None, quick
         moved_bytes=passes * (codes + batch * (out + columns) * dtype.itemsize),
         operations=passes * 2 * batch * out * columns,
         inputs=partial(make_inputs, shape, batch, d, n_centroids, dtype),
-        contenders=partial(step_contenders, dtype) if training else partial(contenders, batch),
+        contenders=partial(step_contenders, dtype) if training else partial(contenders, batch, dtype),
         target=target,
         quick=quick,
     )

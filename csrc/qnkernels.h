@@ -156,6 +156,10 @@ QNK_API int qnk_cpu_pq_embedding(const int64_t* indices, int64_t count, const vo
 
 QNK_API const char* qnk_cuda_last_error(void);
 QNK_API int qnk_cuda_device_count(void);
+// For tests and benchmarks, on devices of compute capability 9.0: 0: no kernels with wgmma, 1 (at the start): where they
+// are expected to be the fastest, 2: wherever they can serve. For launches of the process from then on; returns what
+// it was.
+QNK_API int qnk_cuda_use_wgmma(int use);
 
 QNK_API int qnk_cuda_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n,
                                    const float* scale, const float* zero_point, int64_t channels,

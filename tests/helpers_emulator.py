@@ -203,6 +203,33 @@ def processors(count: int, *names: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def capability(tens: int, *names: str) -> Iterator[None]:
+    """A device of compute capability tens / 10: 80, as otherwise, or 90. Launchers choose by it."""
+    loaded = _kernels(*names).library
+    loaded.qnk_emulator_capability(tens)
+    try:
+        yield
+    finally:
+        loaded.qnk_emulator_capability(80)
+
+
+@contextlib.contextmanager
+def wgmma_wherever_possible(*names: str) -> Iterator[None]:
+    """Launchers do not weigh whether wgmma is the fastest."""
+    use = _kernels(*names).library.qnk_cuda_use_wgmma
+    before = use(2)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def warpgroup_products(*names: str) -> int:
+    """How many wgmma the kernels of `names` have run since the last call."""
+    return _kernels(*names).library.qnk_emulator_products()
+
+
+@contextlib.contextmanager
 def shared_memory(size: int, *names: str) -> Iterator[None]:
     """A device whose blocks may have `size` bytes of shared memory (227 KiB otherwise)."""
     loaded = _kernels(*names).library

@@ -27,6 +27,10 @@ CUDA_ARCHS = ("sm_80", "sm_90a")
 LIBRARY = ROOT / "qnkernels" / "lib" / "libqnkernels_cuda.so"
 # Not rounded once per operation: the quantizers would differ from the reference.
 INEXACT = re.compile(r"\b(?:fma\.rn|div\.full|\w+(?:\.\w+)*\.(?:approx|ftz))\S*")
+# ptxas found registers of wgmma in use while it runs, and made it wait.
+SERIALIZED = re.compile(
+    r"(?:wgmma\S* instructions are serialized|warpgroup\.\w+ is injected).* function '(\w+)'"
+)
 MAY_FUSE = (
     *("int_linear_kernel", "int_linear_backward_kernel", "kmeans_assign_kernel", "pq_linear_kernel"),
     *(
@@ -184,6 +188,7 @@ def cuda_kernels(source: Path, arch: str, nvcc: str) -> list[Compiled]:
 
 def parse_ptxas(report: str, source: str, arch: str) -> list[Compiled]:
     """The kernels in what `ptxas -v` prints."""
+    serialized = set(SERIALIZED.findall(report))
     found = []
     for part in report.split("Compiling entry function '")[1:]:
         name = part.split("'", 1)[0]
@@ -198,6 +203,7 @@ def parse_ptxas(report: str, source: str, arch: str) -> list[Compiled]:
                 registers=int(registers[1]),
                 shared=int(shared[1]) if shared else 0,
                 spills=max(int(number) for number in spills.groups()),
+                error="wgmma is serialized" if name in serialized else "",
             )
         )
     return found

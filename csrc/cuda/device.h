@@ -76,6 +76,17 @@ inline int processors() {
     return count;
 }
 
+int wgmma_use();  // see qnk_cuda_use_wgmma
+
+// Whether the current device runs code of sm_90a, with wgmma: compute capability 9.0, and no other.
+inline bool has_wgmma() {
+    int device = 0, major = 0, minor = 0;
+    if (wgmma_use() == 0 || cudaGetDevice(&device) != cudaSuccess) return false;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return major == 9 && minor == 0;
+}
+
 // Bytes of shared memory that a block may have on the current device.
 inline int shared_memory_limit() {
     int device = 0, bytes = static_cast<int>(kSharedWithoutAsking);

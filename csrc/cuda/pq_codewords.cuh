@@ -25,11 +25,11 @@ struct CodewordTable {
 };
 
 // Codes of one byte need no check, since all that they can name are rows.
-inline CodewordTable codeword_table(const PqWeight& w, int width, int other_bytes) {
+inline CodewordTable codeword_table(const PqWeight& w, int width, int other_bytes, int limit = kSharedBytes) {
     const int rows = (w.code_bytes == 1 ? 256 : w.k) + 1;
     for (int copies = 128 / (2 * width); copies > 0; copies /= 2) {
         const int bytes = rows * copies * w.d * 2;
-        if (bytes + other_bytes <= kSharedBytes) return {rows, copies, bytes};
+        if (bytes + other_bytes <= limit) return {rows, copies, bytes};
     }
     return {0, 0, 0};
 }
@@ -45,8 +45,11 @@ class Codewords {
         int row_bytes;
     };
 
-    __device__ Codewords(const PqWeight& w, const CodewordTable& table, const unsigned char* shared) : last_(w.k - 1) {
-        const int copy = InShared ? static_cast<int>(threadIdx.x) & (table.copies - 1) : 0;
+    // reader: which copy this thread reads, modulo their number.
+    __device__ Codewords(const PqWeight& w, const CodewordTable& table, const unsigned char* shared,
+                         unsigned reader = threadIdx.x)
+        : last_(w.k - 1) {
+        const int copy = InShared ? static_cast<int>(reader) & (table.copies - 1) : 0;
         start_ = InShared ? shared + copy * sizeof(Piece) : static_cast<const unsigned char*>(w.codebook);
         row_bytes_ = InShared ? table.copies * static_cast<int>(sizeof(Piece)) : w.d * 2;
         piece_bytes_ = InShared ? table.rows * row_bytes_ : static_cast<int>(sizeof(Piece));
@@ -60,8 +63,15 @@ class Codewords {
     template <typename Code>
     __device__ __forceinline__ Piece load(const Source& from, int code) const {
         if (!InShared && from.row_bytes == 0) return {};
-        if (sizeof(Code) > 1) code = code < last_ ? code : last_;
-        return *reinterpret_cast<const Piece*>(from.start + code * from.row_bytes);
+        return *reinterpret_cast<const Piece*>(from.start + existing<Code>(code) * from.row_bytes);
+    }
+
+    // Two elements, `word` of Width / 2, of piece `piece` of a codeword, from a table in shared memory.
+    template <typename Code>
+    __device__ __forceinline__ uint32_t load_word(int code, int piece, int word) const {
+        static_assert(InShared);
+        const int at = existing<Code>(code) * row_bytes_ + (piece * piece_bytes_ + word * 4);
+        return *reinterpret_cast<const uint32_t*>(start_ + at);
     }
 
     // By all threads of a block, which has to wait for it. A piece is read once; lanes write its copies in turns that
@@ -81,6 +91,11 @@ class Codewords {
     }
 
   private:
+    template <typename Code>
+    __device__ __forceinline__ int existing(int code) const {
+        return sizeof(Code) > 1 && code > last_ ? last_ : code;
+    }
+
     const unsigned char* start_;
     int row_bytes_, piece_bytes_, zeros_, last_;
 };

@@ -142,4 +142,22 @@ __device__ __forceinline__ void store_run(T* to, const float (&values)[Count], i
         if (i < left) to[i] = from_float<T>(values[i]);
 }
 
+// One token's values of adjacent places of the width, `first` on: to parts, or with the bias to y.
+template <typename T, int Run>
+__device__ __forceinline__ void write_run(const PqOutput& out, float (&run)[Run], int64_t token, int first, int m,
+                                          int width, int split) {
+    if (token >= m || first >= width) return;
+    const int64_t at = token * width + first;
+    if (out.parts) {
+        store_run(out.parts + static_cast<int64_t>(split) * m * width + at, run, width - first, width % Run == 0);
+        return;
+    }
+    if (out.bias) {
+#pragma unroll
+        for (int i = 0; i < Run; ++i)
+            if (first + i < width) run[i] += out.bias[first + i];
+    }
+    store_run(static_cast<T*>(out.y) + at, run, width - first, width % Run == 0);
+}
+
 }  // namespace qnk

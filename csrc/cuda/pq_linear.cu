@@ -38,11 +38,23 @@ int by_dtype(int dtype, const Body& body) {
     }
 }
 
+// Whether wgmma multiplies m tokens. Its tiles have 128 of them: with up to half as many, the smaller tiles of
+// mma.sync, which are bound by reading codewords, do less that is thrown away.
+bool by_wgmma(int m, const PqWeight& w) { return (m > 64 || wgmma_use() > 1) && pq_wgmma_serves(w); }
+
+// The gradient of x has no parts: a grid is its tiles, which are twice as large as those of mma.sync and pay off where
+// there is one for most multiprocessors.
+bool grad_x_by_wgmma(int m, const PqWeight& w) {
+    const bool full = 4 * pq_wgmma_tiles(m, w.columns()) >= 3 * static_cast<int64_t>(processors());
+    return (full || wgmma_use() > 1) && by_wgmma(m, w);
+}
+
 template <typename T>
 int splits(int m, const PqWeight& w) {
     if constexpr (std::is_same_v<T, float>)
         return m <= kFewFloatTokens ? pq_few_float_splits(m, w) : pq_float_splits(m, w);
-    return m <= kFewTokens ? pq_few_splits(m, w) : pq_tile_splits(m, w);
+    if (m <= kFewTokens) return pq_few_splits(m, w);
+    return by_wgmma(m, w) ? pq_wgmma_splits(m, w) : pq_tile_splits(m, w);
 }
 
 template <typename T>
@@ -51,7 +63,9 @@ cudaError_t multiply(const T* x, const PqWeight& w, const PqOutput& out, int m, 
         if (m <= kFewFloatTokens) return pq_linear_few_float(x, w, out, m, stream);
         return pq_linear_float(x, w, out, m, stream);
     } else {
-        return m <= kFewTokens ? pq_linear_few(x, w, out, m, stream) : pq_linear_tiles(x, w, out, m, stream);
+        if (m <= kFewTokens) return pq_linear_few(x, w, out, m, stream);
+        if (by_wgmma(m, w)) return pq_linear_wgmma(x, w, out, m, stream);
+        return pq_linear_tiles(x, w, out, m, stream);
     }
 }
 
@@ -117,8 +131,14 @@ int qnk_cuda_pq_linear_backward(const void* grad, const void* x, int dtype, cons
             if (grad_x) error = pq_linear_grad_x_float(from, w, static_cast<T*>(grad_x), tokens, on);
             if (sums && error == cudaSuccess) error = pq_linear_grad_codebook_float(from, rows, w, to, tokens, on);
         } else {
-            if (grad_x) error = pq_linear_grad_x(from, w, static_cast<T*>(grad_x), tokens, on);
-            if (sums && error == cudaSuccess) error = pq_linear_grad_codebook(from, rows, w, to, tokens, on);
+            T* const to_x = static_cast<T*>(grad_x);
+            if (grad_x && grad_x_by_wgmma(tokens, w))
+                error = pq_linear_grad_x_wgmma(from, w, to_x, tokens, on);
+            else if (grad_x)
+                error = pq_linear_grad_x(from, w, to_x, tokens, on);
+            if (sums && error == cudaSuccess)
+                error = has_wgmma() ? pq_linear_grad_codebook_wgmma(from, rows, w, to, tokens, on)
+                                    : pq_linear_grad_codebook(from, rows, w, to, tokens, on);
         }
         return cuda_status(error);
     });

@@ -28,8 +28,13 @@ struct PqOutput {
 // that many tokens.
 int pq_few_splits(int m, const PqWeight& w);
 int pq_tile_splits(int m, const PqWeight& w);
+int pq_wgmma_splits(int m, const PqWeight& w);
 int pq_few_float_splits(int m, const PqWeight& w);
 int pq_float_splits(int m, const PqWeight& w);
+
+// Whether the current device and the size of the codebook allow the kernels with wgmma.
+bool pq_wgmma_serves(const PqWeight& w);
+int64_t pq_wgmma_tiles(int m, int width);  // blocks of theirs
 
 constexpr int kFewTokens = 16, kFewFloatTokens = 8;
 
@@ -38,12 +43,16 @@ template <typename T>
 cudaError_t pq_linear_few(const T* x, const PqWeight& w, const PqOutput& out, int m, cudaStream_t stream);
 template <typename T>
 cudaError_t pq_linear_tiles(const T* x, const PqWeight& w, const PqOutput& out, int m, cudaStream_t stream);
+template <typename T>
+cudaError_t pq_linear_wgmma(const T* x, const PqWeight& w, const PqOutput& out, int m, cudaStream_t stream);
 cudaError_t pq_linear_few_float(const float* x, const PqWeight& w, const PqOutput& out, int m, cudaStream_t stream);
 cudaError_t pq_linear_float(const float* x, const PqWeight& w, const PqOutput& out, int m, cudaStream_t stream);
 
 // grad_x [m, columns] = grad [m, n] @ W.
 template <typename T>
 cudaError_t pq_linear_grad_x(const T* grad, const PqWeight& w, T* grad_x, int m, cudaStream_t stream);
+template <typename T>
+cudaError_t pq_linear_grad_x_wgmma(const T* grad, const PqWeight& w, T* grad_x, int m, cudaStream_t stream);
 cudaError_t pq_linear_grad_x_float(const float* grad, const PqWeight& w, float* grad_x, int m, cudaStream_t stream);
 
 // Sums over the blocks of each codeword, in fixed point: they are the same in any order.
@@ -56,6 +65,9 @@ struct PqSums {
 template <typename T>
 cudaError_t pq_linear_grad_codebook(const T* grad, const T* x, const PqWeight& w, const PqSums& to, int m,
                                     cudaStream_t stream);
+template <typename T>
+cudaError_t pq_linear_grad_codebook_wgmma(const T* grad, const T* x, const PqWeight& w, const PqSums& to, int m,
+                                          cudaStream_t stream);
 cudaError_t pq_linear_grad_codebook_float(const float* grad, const float* x, const PqWeight& w, const PqSums& to, int m,
                                           cudaStream_t stream);
 

@@ -82,17 +82,15 @@ __global__ void __launch_bounds__(kThreads)
         __syncthreads();  // all have read the last stages, which the next tile overwrites
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-            const int column = first_column + warp_columns + c * 8 + 2 * t, block = column / w.d;
-            const int within = column - block * w.d;  // d is even: the next column is in the same block
-            const Code* codes = static_cast<const Code*>(w.codes) + static_cast<int64_t>(block) * w.n;
+            int outputs[8];
+            float terms[8][2];
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const int output = first_output + warp_outputs + i * 8 + g;
-                if (output >= w.n || column >= columns) continue;
-                const int code = codes[output];
-                sums.add(code, within, dense[i / 2][c][i % 2 * 2]);
-                sums.add(code, within + 1, dense[i / 2][c][i % 2 * 2 + 1]);
+                outputs[i] = first_output + warp_outputs + i * 8 + g;
+                terms[i][0] = dense[i / 2][c][i % 2 * 2];
+                terms[i][1] = dense[i / 2][c][i % 2 * 2 + 1];
             }
+            scatter<Code>(sums, w, first_column + warp_columns + c * 8 + 2 * t, outputs, terms);
         }
     }
     sums.flush();

@@ -94,22 +94,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
             const int64_t token = first_token + (warp_long * S::Tiles + tile) * 8 + 2 * t + odd;
-            if (token >= m || first >= width) continue;
             float run[kRun];
 #pragma unroll
             for (int i = 0; i < kRun; ++i) run[i] = sums.at(i, tile, odd);
-            const int64_t at = token * width + first;
-            if (out.parts) {
-                store_run(out.parts + static_cast<int64_t>(blockIdx.y) * m * width + at, run, width - first,
-                          width % kRun == 0);
-                continue;
-            }
-            if (out.bias) {
-#pragma unroll
-                for (int i = 0; i < kRun; ++i)
-                    if (first + i < width) run[i] += out.bias[first + i];
-            }
-            store_run(static_cast<T*>(out.y) + at, run, width - first, width % kRun == 0);
+            write_run<T>(out, run, token, first, m, width, static_cast<int>(blockIdx.y));
         }
 }
 

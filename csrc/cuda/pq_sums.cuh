@@ -65,4 +65,21 @@ class CodewordSums {
     double scale_;
 };
 
+// The terms of `outputs` and of two adjacent columns, the first of them even: d is a multiple of 4, so that they are in
+// one block.
+template <typename Code, int Count>
+__device__ __forceinline__ void scatter(const CodewordSums& sums, const PqWeight& w, int column,
+                                        const int (&outputs)[Count], const float (&terms)[Count][2]) {
+    if (column >= w.columns()) return;
+    const int block = column / w.d, within = column - block * w.d;
+    const Code* codes = static_cast<const Code*>(w.codes) + static_cast<int64_t>(block) * w.n;
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+        if (outputs[i] >= w.n) continue;
+        const int code = codes[outputs[i]];
+        sums.add(code, within, terms[i][0]);
+        sums.add(code, within + 1, terms[i][1]);
+    }
+}
+
 }  // namespace qnk

@@ -1,9 +1,14 @@
 #include "cuda/status.h"
 
+#include <atomic>
+
 namespace qnk {
 namespace {
 thread_local cudaError_t last_error = cudaSuccess;
-}
+std::atomic<int> use{1};
+}  // namespace
+
+int wgmma_use() { return use; }
 
 int cuda_status(cudaError_t error) {
     if (error == cudaSuccess) return QNK_OK;
@@ -19,3 +24,5 @@ int qnk_cuda_device_count(void) {
     int count = 0;
     return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
+
+int qnk_cuda_use_wgmma(int use) { return qnk::use.exchange(use); }

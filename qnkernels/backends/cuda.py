@@ -1,7 +1,9 @@
 """Bindings of the CUDA C++ kernels: launched on torch's current stream, nothing waits."""
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 
@@ -33,6 +35,17 @@ def load() -> dict[str, Callable]:
     library.qnk_cuda_last_error.restype = ctypes.c_char_p
     kernels = CudaKernels(functions, library.qnk_cuda_last_error)
     return {name: getattr(kernels, name) for name in CUDA_ARGTYPES}
+
+
+@contextlib.contextmanager
+def use_wgmma(where: Literal["never", "best", "possible"]) -> Iterator[None]:
+    """Where GPUs of compute capability 9.0 use wgmma ("best" otherwise): for tests and benchmarks."""
+    use = declare(open_library("cuda"), "cuda", {"use_wgmma": CUDA_QUERIES["use_wgmma"]})["use_wgmma"]
+    before = use(("never", "best", "possible").index(where))
+    try:
+        yield
+    finally:
+        use(before)
 
 
 class CudaKernels(PqKernels, KMeansKernels):

@@ -88,6 +88,7 @@ CUDA_QUERIES = {
     "int_linear_parts": [INT, SIZE, SIZE, SIZE, SIZE, INT],
     "pq_linear_parts": [INT, INT, SIZE, SIZE, SIZE, SIZE, SIZE],
     "kmeans_work_bytes": [SIZE, SIZE],
+    "use_wgmma": [INT],
 }
 
 STATUS = {

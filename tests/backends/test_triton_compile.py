@@ -59,6 +59,16 @@ def test_every_kernel_compiles_without_spills():
         names = {one["kernel"] for one in report["kernels"] if one["arch"] == "sm_90a"}
         for family in ("fake_quantize", "int_linear", "kmeans", "pq_linear"):
             assert any(name.startswith(family) for name in names)
+        # kernels with wgmma hold 128 sums a thread, and are empty elsewhere
+        registers = {
+            arch: [
+                one["registers"]
+                for one in report["kernels"]
+                if one["arch"] == arch and "wgmma" in one["variant"]
+            ]
+            for arch in ("sm_80", "sm_90a")
+        }
+        assert registers["sm_80"] and max(registers["sm_80"]) < 32 and min(registers["sm_90a"]) > 128
 
 
 def test_a_spill_in_machine_code_is_seen():
@@ -88,6 +98,20 @@ def test_ptxas_report_is_read(program):
     assert (wild.registers, wild.shared, wild.spills) == (255, 0, 24)
     assert (wild.kernel, wild.arch) == ("odd.cu", "sm_90a")
     assert "wild" in wild.variant
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "(C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient"
+        " register resources for the wgmma pipeline in the function '_Z4tamePf'",
+        "(C7517) warpgroup.wait is injected in around line 174 by compiler to allow use of registers defined"
+        " by GMMA in function '_Z4tamePf'",
+    ],
+)
+def test_wgmma_that_waits_is_seen(program, words):
+    tame, wild = program.parse_ptxas(f"ptxas info    : {words}\n{PTXAS}", "odd.cu", "sm_90a")
+    assert tame.error and not wild.error
 
 
 USAGE = """

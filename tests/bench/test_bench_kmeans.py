@@ -55,7 +55,7 @@ def test_slow_contenders_stay_out_of_the_large_cases():
 def test_the_peers_of_pq_linear_compute_the_same_function(dtype, n_centroids):
     inputs = pq_linear.make_inputs((64, 256), 16, 8, n_centroids, dtype, CPU, 7)
     exact = pq_linear.dense(torch.float32, inputs)()
-    for contender in pq_linear.contenders(16, "cpu"):
+    for contender in pq_linear.contenders(16, dtype, "cpu"):
         if contender.name != "copy_ codes":
             assert relative_error(contender.prepare(inputs)(), exact) < 0.03, contender.name
     assert torch.equal(pq_linear.copy_codes(inputs)(), inputs.codes)

@@ -5,6 +5,7 @@ import torch
 
 import qnkernels as qnk
 from qnkernels import functional as F
+from qnkernels.backends.cuda import use_wgmma
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -73,6 +74,44 @@ def test_pq_linear(device, backend, shape, m, dtype):
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_pq_linear_of_large_weights(device, backend, shape, m, dtype):
     check_linear(device, backend, shape, m, dtype)
+
+
+# what the kernels with wgmma serve, rows and columns in eights: pieces of codewords of 4 and of 8, one and
+# several of a block; few copies of the table; tails of tiles and steps; parts of the sums
+WARPGROUPS = (
+    *((8, 1, 8, 1), (264, 9, 8, 256), (1000, 130, 4, 256), (520, 50, 16, 300), (256, 7, 64, 256)),
+    *((768, 96, 8, 2000), (520, 1024, 8, 256), (4096, 512, 8, 256)),
+)
+
+
+@pytest.mark.of("pq_linear")
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("m", [17, 65, 128, 333])
+@pytest.mark.parametrize("shape", WARPGROUPS, ids=str)
+def test_pq_linear_of_many_tokens(device, backend, shape, m, dtype):
+    if backend != "cuda":
+        return check_linear(device, backend, shape, m, dtype)
+    for where in ("never", "best", "possible"):
+        with use_wgmma(where):
+            check_linear(device, backend, shape, m, dtype)
+
+
+@pytest.mark.of("pq_linear")
+@pytest.mark.needs_cuda
+def test_wgmma_repeats_itself(device, backend):
+    """Races would show as differences between launches of one grid."""
+    if backend != "cuda":
+        pytest.skip("of the CUDA kernels")
+    codes, codebook, weight = quantized(2048, 256, 8, 256, torch.bfloat16)
+    x, grad = (torch.randn(500, n, device=device).bfloat16() for n in (weight.shape[1], 2048))
+    codes, codebook = codes.to(device), codebook.to(device)
+    with qnk.backend(backend), use_wgmma("possible"):
+        forward = [torch.ops.qnkernels.pq_linear(x, codes, codebook, None) for _ in range(20)]
+        arguments = (grad, x, codes, codebook, True, True, False)
+        backward = [torch.ops.qnkernels.pq_linear_backward(*arguments)[0] for _ in range(20)]
+    assert all(torch.equal(forward[0], other) for other in forward)
+    assert all(torch.equal(backward[0], other) for other in backward)
 
 
 @pytest.mark.of("pq_linear_backward")

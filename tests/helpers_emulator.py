@@ -203,6 +203,17 @@ def processors(count: int, *names: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def capability(tens: int, *names: str) -> Iterator[None]:
+    """A device of compute capability tens / 10: 80, as otherwise, or 90. Launchers choose by it."""
+    loaded = _kernels(*names).library
+    loaded.qnk_emulator_capability(tens)
+    try:
+        yield
+    finally:
+        loaded.qnk_emulator_capability(80)
+
+
+@contextlib.contextmanager
 def shared_memory(size: int, *names: str) -> Iterator[None]:
     """A device whose blocks may have `size` bytes of shared memory (227 KiB otherwise)."""
     loaded = _kernels(*names).library

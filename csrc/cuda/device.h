@@ -76,6 +76,15 @@ inline int processors() {
     return count;
 }
 
+// Whether the current device runs code of sm_90a, with wgmma: compute capability 9.0, and no other.
+inline bool has_wgmma() {
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return false;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return major == 9 && minor == 0;
+}
+
 // Bytes of shared memory that a block may have on the current device.
 inline int shared_memory_limit() {
     int device = 0, bytes = static_cast<int>(kSharedWithoutAsking);

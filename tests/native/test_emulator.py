@@ -17,6 +17,11 @@ class Cases(EmulatedKernels):
         self._launch(name, x.device, x.data_ptr(), y.data_ptr(), n)
         return y
 
+    def warpgroup(self, name: str, operands: torch.Tensor, threads: int = 128) -> torch.Tensor:
+        y = torch.empty(64, 64)
+        self._launch(name, y.device, operands.data_ptr(), y.data_ptr(), threads)
+        return y
+
     def product(self, name: str, operands: torch.Tensor) -> torch.Tensor:
         y = torch.empty(16, 8)
         self._launch(name, y.device, operands.data_ptr(), y.data_ptr(), 32)
@@ -26,7 +31,7 @@ class Cases(EmulatedKernels):
 @cache
 def cases() -> Cases:
     source = EMULATOR / "cases.cu"
-    names = re.findall(r"^QNK_(?:SIMPLE|CASE)\((\w+)", source.read_text(), re.MULTILINE)
+    names = re.findall(r"^QNK_(?:SIMPLE|CASE|WRONG)\((\w+)", source.read_text(), re.MULTILINE)
     return Cases(library(source, CUDA / "status.cu"), dict.fromkeys(names, CASE))
 
 
@@ -116,6 +121,54 @@ def test_mistakes_are_found(name, words):
     with pytest.raises((RuntimeError, AssertionError), match=words):
         run(name, X)
     assert torch.equal(run("reversed", X), X.flip(0)), "the emulator works on after a failure"
+
+
+def warpgroup_operands(dtype):
+    """(a [64, 32], b [64, 32]) in one tensor, and the product a @ b.t(), which is exact."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(-8, 9, (64, 32), generator=generator) for _ in range(2))
+    return torch.cat((a, b)).to(dtype), (a @ b.t()).float()
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16", "plain"])
+def test_products_of_a_warpgroup(name):
+    operands, expected = warpgroup_operands(torch.float16 if name == "f16" else torch.bfloat16)
+    assert torch.equal(cases().run("warpgroup", f"wgmma_{name}", operands), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_proxy_fence", "written after the last barrier with fence_async_shared"),
+        ("no_barrier", "written after the last barrier with fence_async_shared"),
+        ("no_fence", "registers of A that were written after the last wgmma_fence"),
+        ("no_fence_of_sums", "sums that were written without a wgmma_fence"),
+        ("fence_before_fragments", "registers of A that were written after the last wgmma_fence"),
+        ("no_wait", "exits while a wgmma is in flight"),
+        ("tile_overwritten", "the tile of a wgmma was written before the wait"),
+        ("fragments_overwritten", "the registers of A of a wgmma were written before the wait"),
+        ("sums_overwritten", "the sums of a wgmma were written before the wait"),
+        ("misplaced", "not in the first row of the pattern"),
+        ("too_far", "reads its tile at address [0-9]+, outside dynamic shared memory"),
+        ("half_a_group", "a warp of a warpgroup took no part"),
+        ("lanes_differ", "lanes of a warp differ"),
+    ],
+)
+def test_mistakes_with_warpgroups_are_found(name, words):
+    operands, _ = warpgroup_operands(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=words):
+        cases().run("warpgroup", f"wgmma_{name}", operands)
+
+
+def test_sums_in_flight_are_nan():
+    operands, _ = warpgroup_operands(torch.bfloat16)
+    assert cases().run("warpgroup", "wgmma_read_in_flight", operands).isnan().all()
+
+
+def test_a_warpgroup_has_128_threads():
+    operands, _ = warpgroup_operands(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="less than a warpgroup"):
+        cases().run("warpgroup", "wgmma_bf16", operands, 96)
 
 
 def test_what_is_not_written_is_nan():

@@ -2,6 +2,7 @@
 // All have the arguments x [n] and y [n], and one block of n threads.
 #include "cuda/primitives.h"
 #include "cuda/status.h"
+#include "cuda/wgmma.h"
 
 namespace qnk {
 namespace {
@@ -167,6 +168,68 @@ __global__ void product(const float* x, float* y, int) {
     for (int i = 0; i < 4; ++i) y[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = static_cast<float>(d[i]);
 }
 
+enum class Wrong {
+    Nothing,
+    NoProxyFence,
+    NoBarrier,
+    NoFence,
+    NoFenceOfSums,
+    FenceBeforeFragments,
+    NoWait,
+    ReadInFlight,
+    TileOverwritten,
+    FragmentsOverwritten,
+    SumsOverwritten,
+    Misplaced,
+    TooFar,
+    HalfAGroup,
+    LanesDiffer
+};
+
+// d [64, 64] = a [64, 32] @ b [64, 32]^T by one warpgroup; x = (a, b) in T, d in y.
+template <typename T, Swizzle Layout, Wrong What>
+__global__ void warpgroup_product(const float* x, float* y, int) {
+    constexpr bool swizzled = Layout == Swizzle::Swizzle128;
+    QNK_SHARED_MEMORY(memory);
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
+    unsigned char* const tile = memory + to_swizzle_boundary(memory) + (What == Wrong::Misplaced ? 256 : 0);
+    for (int i = thread; i < 64 * 4; i += 128) {
+        const int n = i / 4, c = i % 4;
+        const int at = swizzled ? tile_offset(n, c) : n / 8 * 128 + c * 1024 + n % 8 * 16;
+        cp_async_16(tile + at, reinterpret_cast<const uint4*>(x) + 256 + i);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    if (What != Wrong::NoProxyFence) fence_async_shared();
+    if (What != Wrong::NoBarrier) __syncthreads();
+
+    float d[32] = {};
+    uint32_t a[2][4] = {};
+    if (What == Wrong::FenceBeforeFragments) wgmma_fence(d, a);
+    const auto* words = reinterpret_cast<const uint32_t*>(x);
+    for (int k = 0; k < 2; ++k)
+        for (int i = 0; i < 4; ++i) a[k][i] = words[(16 * warp + g + i % 2 * 8) * 16 + k * 8 + i / 2 * 4 + t];
+    if (What == Wrong::NoFenceOfSums)
+        wgmma_fence(a);
+    else if (What != Wrong::NoFence && What != Wrong::FenceBeforeFragments)
+        wgmma_fence(d, a);
+    const uint32_t start = shared_address(tile), far = What == Wrong::TooFar ? 2048 : 0;
+    for (int k = 0; k < 2; ++k) {
+        uint64_t b = swizzled ? wgmma_operand(start, 16, 1024 + far, Layout) + k * kNextK
+                              : wgmma_operand(start + k * 2048, 1024, 128, Layout);
+        if (What == Wrong::LanesDiffer && thread == 5) b += 64;
+        if (What != Wrong::HalfAGroup || thread < 64) wgmma_m64k16<T>(d, a[k], b);
+    }
+    wgmma_commit();
+    if (What == Wrong::TileOverwritten && thread == 0) tile[40] += 1;
+    if (What == Wrong::FragmentsOverwritten) a[1][2] = 7;
+    if (What == Wrong::SumsOverwritten) d[3] = 7;
+    if (What != Wrong::NoWait) wgmma_wait<What == Wrong::ReadInFlight>();
+    if (What != Wrong::NoWait && What != Wrong::ReadInFlight) wgmma_results(d);
+    for (int i = 0; i < 32; ++i) y[(16 * warp + g + i / 2 % 2 * 8) * 64 + i / 4 * 8 + 2 * t + i % 2] = d[i];
+    if (What != Wrong::NoWait) wgmma_wait<0>();
+}
+
 }  // namespace
 }  // namespace qnk
 
@@ -201,3 +264,22 @@ QNK_CASE(product_f16, (qnk::product<qnk::f16, float, false>), 0)
 QNK_CASE(product_bf16_trans, (qnk::product<qnk::bf16, float, true>), 0)
 QNK_CASE(product_s8, (qnk::product<int8_t, int32_t, false>), 0)
 QNK_CASE(product_u8, (qnk::product<uint8_t, int32_t, false>), 0)
+QNK_CASE(wgmma_bf16, (qnk::warpgroup_product<qnk::bf16, qnk::Swizzle::Swizzle128, qnk::Wrong::Nothing>), 10240)
+QNK_CASE(wgmma_f16, (qnk::warpgroup_product<qnk::f16, qnk::Swizzle::Swizzle128, qnk::Wrong::Nothing>), 10240)
+QNK_CASE(wgmma_plain, (qnk::warpgroup_product<qnk::bf16, qnk::Swizzle::Plain, qnk::Wrong::Nothing>), 10240)
+#define QNK_WRONG(name, what)                                                                                      \
+    QNK_CASE(name, (qnk::warpgroup_product<qnk::bf16, qnk::Swizzle::Swizzle128, qnk::Wrong::what>), 10240)
+QNK_WRONG(wgmma_no_proxy_fence, NoProxyFence)
+QNK_WRONG(wgmma_no_barrier, NoBarrier)
+QNK_WRONG(wgmma_no_fence, NoFence)
+QNK_WRONG(wgmma_no_fence_of_sums, NoFenceOfSums)
+QNK_WRONG(wgmma_fence_before_fragments, FenceBeforeFragments)
+QNK_WRONG(wgmma_no_wait, NoWait)
+QNK_WRONG(wgmma_read_in_flight, ReadInFlight)
+QNK_WRONG(wgmma_tile_overwritten, TileOverwritten)
+QNK_WRONG(wgmma_fragments_overwritten, FragmentsOverwritten)
+QNK_WRONG(wgmma_sums_overwritten, SumsOverwritten)
+QNK_WRONG(wgmma_misplaced, Misplaced)
+QNK_WRONG(wgmma_too_far, TooFar)
+QNK_WRONG(wgmma_half_a_group, HalfAGroup)
+QNK_WRONG(wgmma_lanes_differ, LanesDiffer)

@@ -16,6 +16,7 @@
 
 #include "faults.h"
 #include "memory.h"
+#include "warpgroup.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -79,6 +80,7 @@ void complete_collective(int warp);
 void fiber_main() {
     for (;;) {
         (*kernel_)();
+        end_of_thread();
         fibers[current].state = State::Exited;
         exited[current / kLanes] |= 1u << lane();
         complete_collective(current / kLanes);  // those that wait need not wait for this one
@@ -136,6 +138,7 @@ void release_barrier() {
     }
     for (int t = 0; t < threads; ++t) fibers[t].state = State::Ready, fibers[t].counted = counted;
     waiting = 0;
+    end_of_barrier();
 }
 
 std::string waits(const Fiber& fiber) {
@@ -192,6 +195,7 @@ void run_block() {
         fibers[t].copies.commits = 0;
     }
     waiting = 0;
+    start_of_block(threads);
     const int count = (threads + kLanes - 1) / kLanes;
     for (int warp = 0; warp < count; ++warp) {
         const int lanes = std::min(kLanes, threads - warp * kLanes);
@@ -205,6 +209,7 @@ void run_block() {
         for (size_t w = 0; w < warps.size(); ++w) progress = run_warp(warps[w]) || progress;
         if (!progress) report_deadlock();
     }
+    end_of_block();
     if (shared_memory_ && !shared_memory_->intact()) fail("the block wrote beside its dynamic shared memory");
     for (auto& one : shared_arrays)
         if (!one.second->intact()) fail("the block wrote beside a static shared array");
@@ -228,6 +233,8 @@ void fail(const char* format, ...) {
 }
 
 const char* message() { return message_; }
+
+int thread() { return current; }
 
 int lane() { return current % kLanes; }
 
@@ -279,6 +286,8 @@ void* shared_array(const void* site, size_t bytes, size_t alignment) {
 }
 
 void* shared_memory() { return shared_memory_->data(); }
+
+size_t shared_memory_bytes() { return shared_memory_->bytes(); }
 
 bool run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535u || grid.z > 65535u)

@@ -1,6 +1,6 @@
 // CUDA threads as fibers of one OS thread: blocks one after another, and in a block a fiber runs until it waits for
 // others at a barrier or a warp collective. What a GPU leaves undefined is reported, with block and thread.
-// Not emulated: blocks that wait for each other, named barriers, mbarriers, clusters, TMA and wgmma.
+// Not emulated: blocks that wait for each other, named barriers, mbarriers, clusters and TMA.
 #pragma once
 
 #include <stddef.h>
@@ -44,7 +44,7 @@ int barrier(bool predicate, const char* file, int line);
 using Combine = void (*)(void* const (&payload)[kLanes]);
 void collective(uint32_t mask, Combine combine, void* payload, const char* name);
 
-int lane();  // of the fiber that runs
+int thread(), lane();  // of the fiber that runs, in its block and warp
 
 struct Copy {  // of cp.async, not landed yet
     unsigned char* to;
@@ -61,5 +61,6 @@ Copies& copies();  // of the fiber that runs
 // Shared memory of the block: the array that `site` declares, and what the launch asked for. Poisoned per block.
 void* shared_array(const void* site, size_t bytes, size_t alignment);
 void* shared_memory();
+size_t shared_memory_bytes();
 
 }  // namespace emulator

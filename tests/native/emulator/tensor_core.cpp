@@ -2,7 +2,6 @@
 #include "cuda.h"
 
 namespace emulator {
-namespace {
 
 // A sum as tensor cores take it: terms aligned to the largest and cut off 2 bits below fp32's last, then the sum cut
 // off at fp32's, never rounded to nearest (measured on A100 by Fasi et al., PeerJ CS 7:e330, 2021).
@@ -25,6 +24,8 @@ float tensor_core_sum(const double* a, const double* b, int n, float c) {
     const bool away = fabs(static_cast<double>(nearest)) > fabs(exact) && fabsf(nearest) < HUGE_VALF;
     return away ? nextafterf(nearest, 0.0f) : nearest;
 }
+
+namespace {
 
 template <typename D>
 const Fragments<D>& fragments_of(void* const (&payload)[kLanes], int lane) {

@@ -19,6 +19,7 @@ struct Fragments {
     const uint32_t* b;  // 2
 };
 
+float tensor_core_sum(const double* a, const double* b, int n, float c);  // n <= 16
 template <typename T>
 void combine_mma_float(void* const (&payload)[kLanes]);
 template <typename A, typename B>

@@ -3,8 +3,8 @@
 Triton kernels: each variant (kernel_calls.py) for sm_80 and sm_90. csrc/cuda/*.cu, where nvcc is found: for
 sm_80 and sm_90a, with the flags of CMakeLists.txt; a CUDA library that was built from the sources as they are
 now is read instead of compiling them again. Prints registers, shared memory and spills as reported by
-cuobjdump and ptxas. Exits with 1 if a kernel spills, does not compile, is reached by no call, or has, where
-it must be exact, an instruction that is not.
+cuobjdump and ptxas. Exits with 1 if a kernel spills, does not compile, is reached by no call, has, where it
+must be exact, an instruction that is not, or has wgmma products that ptxas made to wait for each other.
 """
 
 import argparse
@@ -185,6 +185,7 @@ def cuda_kernels(source: Path, arch: str, nvcc: str) -> list[Compiled]:
 def parse_ptxas(report: str, source: str, arch: str) -> list[Compiled]:
     """The kernels in what `ptxas -v` prints."""
     found = []
+    serialized = set(re.findall(r"wgmma\S* instructions are serialized.*in the function '(\w+)'", report))
     for part in report.split("Compiling entry function '")[1:]:
         name = part.split("'", 1)[0]
         spills = re.search(
@@ -198,6 +199,7 @@ def parse_ptxas(report: str, source: str, arch: str) -> list[Compiled]:
                 registers=int(registers[1]),
                 shared=int(shared[1]) if shared else 0,
                 spills=max(int(number) for number in spills.groups()),
+                error="its products wait for each other" if name in serialized else "",
             )
         )
     return found

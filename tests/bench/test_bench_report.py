@@ -295,7 +295,7 @@ def test_a_quick_run_leaves_a_full_table_and_names_what_it_has_no_time_for(monke
     monkeypatch.setattr(log, "say", print)
     gpu_suite.run_benchmarks(log, None, True, False, tmp_path, folder, "cuda", 170.0)
     printed = capsys.readouterr().out
-    assert limits == [170.0, 70.0] and not log.failures and not folder.exists()
+    assert limits == [85.0, 35.0] and not log.failures and not folder.exists()
     assert "the table there is of a full run" in printed
     assert "left out for want of time: minmax" in printed and "left out for want of time: range" in printed
 

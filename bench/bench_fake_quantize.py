@@ -147,6 +147,7 @@ def case(
         contenders=partial(forward_contenders if forward else backward_contenders, p, axis, out_dtype),
         target=target,
         quick=quick,
+        size=n,
     )
 
 

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from harness import Case, Contender, ours
+from harness import Case, Contender, compiled, ours
 from qnkernels import functional as F
 from qnkernels.reference.int_linear import pack, unpack
 
@@ -54,16 +54,16 @@ def decode(inputs: Inputs) -> Callable:
     return partial(F.int_embedding, inputs.indices, inputs.weight, inputs.scale, inputs.zero_point, **options)
 
 
-def formula(inputs: Inputs) -> Callable:
+def eager(indices, weight, scale, zero_point, bits, dtype) -> torch.Tensor:
     """(q - z) * s in torch ops."""
+    scale, zero_point = scale[indices][..., None], zero_point[indices][..., None]
+    codes = unpack(weight[indices], bits).view(len(indices), scale.shape[1], -1)
+    return ((codes.float() - zero_point) * scale).view(len(indices), -1).to(dtype)
 
-    def call() -> torch.Tensor:
-        indices, (tokens, columns) = inputs.indices, inputs.out.shape
-        scale, zero_point = inputs.scale[indices][..., None], inputs.zero_point[indices][..., None]
-        codes = unpack(inputs.weight[indices], inputs.bits).view(tokens, scale.shape[1], -1)
-        return ((codes.float() - zero_point) * scale).view(tokens, columns).to(inputs.dtype)
 
-    return call
+def formula(call: Callable, inputs: Inputs) -> Callable:
+    table = inputs.weight, inputs.scale, inputs.zero_point
+    return partial(call, inputs.indices, *table, inputs.bits, inputs.dtype)
 
 
 def embedding(inputs: Inputs) -> Callable:
@@ -71,12 +71,15 @@ def embedding(inputs: Inputs) -> Callable:
 
 
 def contenders(dtype, device_type) -> list[Contender]:
-    return [
+    found = [
         *ours("int_embedding", device_type, decode),
         Contender(f"F.embedding {SHORT[dtype]}", "peer", embedding),
-        Contender("formula in torch ops", "peer", formula),
+        Contender("formula in torch ops", "peer", partial(formula, eager)),
         Contender("fill_", "ceiling", lambda inputs: partial(inputs.out.fill_, 1.0)),
     ]
+    if device_type == "cuda":
+        found.append(Contender("torch.compile", "peer", partial(formula, compiled(eager))))
+    return found
 
 
 def case(shape, bits, tokens, dtype, quick=False) -> Case:

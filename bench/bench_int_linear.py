@@ -30,9 +30,9 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from harness import Case, Contender, ours
+from harness import Case, Contender, compiled, ours
 from qnkernels import functional as F
-from qnkernels.reference.int_linear import pack, quantize_weight, unpack
+from qnkernels.reference.int_linear import dequantize_weight, pack, quantize_weight, unpack
 from qnkernels.reference.range import minmax
 
 GROUP = {8: None, 4: 128}
@@ -97,6 +97,16 @@ def call_ours(kind: Kind, inputs: Inputs) -> Callable:
 
 def dense(dtype, inputs: Inputs) -> Callable:
     return inference(torch.nn.functional.linear, inputs.x.to(dtype), inputs.weight.to(dtype))
+
+
+def decode_and_multiply(x, packed, scale, zero_point, bits: int) -> torch.Tensor:
+    """The formula of weight-only layers, the product in the dtype of x."""
+    return torch.nn.functional.linear(x, dequantize_weight(packed, scale, zero_point, bits).to(x.dtype))
+
+
+def formula(call: Callable, inputs: Inputs) -> Callable:
+    packed = inputs.packed, inputs.scale, inputs.zero_point
+    return inference(call, inputs.x, *packed, inputs.bits)
 
 
 def copy_codes(inputs: Inputs) -> Callable:
@@ -178,12 +188,28 @@ def bitsandbytes(kind: Kind, inputs: Inputs) -> Callable:
     return inference(layer.to(inputs.x.device), inputs.x)
 
 
-# package -> (module that must import, kinds it has, device types, call); bitsandbytes waits for the device
+def gemlite(kind: Kind, inputs: Inputs) -> Callable:
+    """4 bits: our codes in its layout; 8 bits: its own symmetric quantizer of the channel. For 16-bit x."""
+    from gemlite import helper
+
+    options = {"device": inputs.x.device, "dtype": inputs.x.dtype}
+    if kind.bits == 4:
+        codes = unpack(inputs.packed, 4)
+        layer = helper.A16W4_HQQ_INT(**options).from_weights(codes, inputs.scale, inputs.zero_point)
+    else:
+        maker = helper.A8W8_int8_dynamic if kind.dynamic else helper.A16W8_INT8
+        layer = maker(**options).from_weights(inputs.weight.clone())
+    return inference(layer, inputs.x)
+
+
+# package -> (module that must import, kinds it has, device types, dtypes, call)
 OPTIONAL = {
-    "torchao": ("torchao", (INT8, DYNAMIC), ("cpu", "cuda"), torchao),
-    "optimum-quanto": ("optimum.quanto", (INT8, INT4), ("cpu", "cuda"), quanto),
-    "bitsandbytes": ("bitsandbytes", (INT8, INT4), ("cuda",), bitsandbytes),
+    "torchao": ("torchao", (INT8, DYNAMIC), ("cpu", "cuda"), tuple(SHORT), torchao),
+    "optimum-quanto": ("optimum.quanto", (INT8, INT4), ("cpu", "cuda"), tuple(SHORT), quanto),
+    "bitsandbytes": ("bitsandbytes", (INT8, INT4), ("cuda",), tuple(SHORT), bitsandbytes),
+    "gemlite": ("gemlite", KINDS, ("cuda",), (torch.bfloat16,), gemlite),
 }
+WAIT = ("bitsandbytes",)  # for the device: no graph holds them
 
 
 def imports(module: str) -> bool:
@@ -202,6 +228,9 @@ def contenders(kind: Kind, dtype, shape, batch, device_type) -> list[Contender]:
     candidates = ours(kind.op, device_type, partial(call_ours, kind))
     found = [one for one in candidates if one.role == "ours" or small]
     found += [ceiling] if plain.name == ceiling.name else [plain, ceiling]
+    if device_type == "cuda" and not kind.dynamic:
+        call = compiled(decode_and_multiply)
+        found.append(Contender("torch.compile", "peer", partial(formula, call)))
     if device_type == "cuda" or dtype == torch.bfloat16 or batch <= PLAIN_LOOP_BATCH:
         if kind is INT8:
             found.append(Contender("_weight_int8pack_mm", "peer", int8pack))
@@ -209,11 +238,10 @@ def contenders(kind: Kind, dtype, shape, batch, device_type) -> list[Contender]:
             found.append(Contender("_weight_int4pack_mm", "peer", int4pack))
     if kind is DYNAMIC and dtype == torch.float32 and device_type == "cpu":
         found.append(Contender("quantize_dynamic", "peer", dynamic_int8))
-    for name, (_, kinds, devices, prepare) in OPTIONAL.items():
-        if name not in LEFT_OUT and kind in kinds and device_type in devices:
-            capture = name != "bitsandbytes"
-            peer = Contender(f"{name} {version(name)}", "peer", partial(prepare, kind), capture=capture)
-            found.append(peer)
+    for name, (_, kinds, devices, dtypes, prepare) in OPTIONAL.items():
+        if name not in LEFT_OUT and kind in kinds and device_type in devices and dtype in dtypes:
+            label = f"{name} {version(name)}"
+            found.append(Contender(label, "peer", partial(prepare, kind), capture=name not in WAIT))
     return found
 
 
@@ -231,6 +259,7 @@ def case(kind: Kind, dtype, shape, batch) -> Case:
         inputs=partial(make_inputs, shape, batch, kind.bits, dtype),
         contenders=partial(contenders, kind, dtype, shape, batch),
         quick=shape == (4096, 4096) and batch in (1, 16) and dtype == torch.bfloat16,
+        size=batch,
     )
 
 

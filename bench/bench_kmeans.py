@@ -23,8 +23,10 @@ step 7.0 -> 5.3 ms (least of interleaved runs), a search 3.2x faiss there. Not t
 kept from step to step; 31 % of the points of a search of 15 steps could skip the scores, 50 to 60 % after
 that, but each other point would need its second nearest codeword, too.
 
-faiss: all points, one start, no checks but its own for NaN. torch's search is left to the single step, where
-its time is that of every step. The objectives are compared in tests/bench/test_bench_kmeans.py.
+faiss: all points, one start, no checks but its own for NaN. On a CPU torch's search is left to the single
+step, where its time is that of every step; on a GPU its steps, with sums by index_add_ or by a product with
+one-hot codes, run plainly and compiled, beside flash-kmeans. The objectives are compared
+in tests/bench/test_bench_kmeans.py.
 """
 
 from collections.abc import Callable
@@ -36,11 +38,12 @@ from importlib.util import find_spec
 import torch
 
 import qnkernels as qnk
-from harness import Case, Contender, ours
+from harness import Case, Contender, compiled, ours
 
 EXPONENT = 32  # of sums of standard normal points: up to 2^29 of them in an int64
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # products that the ceiling keeps at once: 1 MiB, a core's cache
 PAIRS = 5e8  # point-centroid pairs up to which the slow ones take part
+SCORES = {"cpu": 1 << 24, "cuda": 1 << 28}  # that torch's step keeps at once
 
 
 @dataclass
@@ -60,21 +63,46 @@ def our_step(inputs: Inputs) -> Callable:
     return partial(step, inputs.points, inputs.start, EXPONENT, 0, EXPONENT)
 
 
-def torch_step(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """The next centroids, in torch ops; the chunks are of 64 MiB."""
+def scattered(rows: torch.Tensor, codes: torch.Tensor, n_clusters: int) -> torch.Tensor:
+    """Sums [K, d + 1] of the rows [n, d + 1] of each cluster."""
+    return rows.new_zeros(n_clusters, rows.shape[1]).index_add_(0, codes, rows)
+
+
+def multiplied(rows: torch.Tensor, codes: torch.Tensor, n_clusters: int) -> torch.Tensor:
+    """The same by a product with the one-hot codes, chunk by chunk."""
+    clusters = torch.arange(n_clusters, device=rows.device)[:, None]
+    pieces = max(1, SCORES[rows.device.type] // n_clusters)
+    total = rows.new_zeros(n_clusters, rows.shape[1])
+    for some, theirs in zip(rows.split(pieces), codes.split(pieces), strict=True):
+        total += (clusters == theirs).to(rows.dtype) @ some
+    return total
+
+
+def torch_step(points: torch.Tensor, centroids: torch.Tensor, add: Callable = scattered) -> torch.Tensor:
+    """The next centroids, in torch ops: a matrix product and its least, no distances."""
     half = centroids.square().sum(1) / 2
-    chunks = points.split(max(1, (1 << 24) // len(centroids)))
+    chunks = points.split(max(1, SCORES[points.device.type] // len(centroids)))
     codes = torch.cat([torch.addmm(half, rows, centroids.t(), alpha=-1).argmin(1) for rows in chunks])
-    sums = torch.zeros_like(centroids).index_add_(0, codes, points)
-    counts = points.new_zeros(len(centroids)).index_add_(0, codes, points.new_ones(len(points)))[:, None]
+    total = add(torch.nn.functional.pad(points, (0, 1), value=1.0), codes, len(centroids))
+    sums, counts = total[:, :-1], total[:, -1:]
     return torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
 
 
-def torch_search(inputs: Inputs, iterations: int) -> torch.Tensor:
+def torch_search(inputs: Inputs, iterations: int, step: Callable = torch_step) -> torch.Tensor:
     centroids = inputs.start
     for _ in range(iterations):
-        centroids = torch_step(inputs.points, centroids)
+        centroids = step(inputs.points, centroids)
     return centroids
+
+
+def one_hot_step(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    return torch_step(points, centroids, multiplied)
+
+
+def torch_steps() -> dict[str, Callable]:
+    """torch's ways to take a step on a GPU, each fresh, since a compiled one is for one shape."""
+    steps = {"torch": torch_step, "torch one-hot": one_hot_step}
+    return steps | {name.replace("torch", "torch.compile"): compiled(step) for name, step in steps.items()}
 
 
 def products(iterations: int, inputs: Inputs) -> Callable:
@@ -119,15 +147,45 @@ def sklearn_search(inputs: Inputs, iterations: int) -> torch.Tensor:
     return torch.from_numpy(search.fit(inputs.points.numpy()).cluster_centers_)
 
 
-# package -> (module that must import, search); all searches return centroids [K, d]
-OPTIONAL = {"faiss-cpu": ("faiss", faiss_search), "scikit-learn": ("sklearn", sklearn_search)}
-LEFT_OUT = [name for name, (module, _) in OPTIONAL.items() if find_spec(module) is None]
+def flash_search(inputs: Inputs, iterations: int) -> torch.Tensor:
+    """From its Triton module, as its top level falls back to torch without a word. It waits at each step."""
+    from flash_kmeans.kmeans_triton_impl import batch_kmeans_Euclid
+
+    points, start = inputs.points[None], inputs.start[None]
+    _, centroids, _ = batch_kmeans_Euclid(points, len(inputs.start), iterations, init_centroids=start)
+    return centroids[0]
 
 
-def searches() -> dict[str, Callable]:
-    """By name of the contender, what is installed."""
+def flash_step(inputs: Inputs) -> Callable:
+    """Its two kernels; the squared norms of the points, which no step changes, are there before."""
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+    from flash_kmeans.centroid_update_triton import triton_centroid_update_sorted_euclid
+
+    points, start = inputs.points[None], inputs.start[None]
+    norms = points.square().sum(-1)
+
+    def step() -> torch.Tensor:
+        codes = euclid_assign_triton(points, start, norms)
+        return triton_centroid_update_sorted_euclid(points, codes, start)[0]
+
+    return step
+
+
+# package -> (module that must import, device type, search); all searches return centroids [K, d]
+OPTIONAL = {
+    "faiss-cpu": ("faiss", "cpu", faiss_search),
+    "scikit-learn": ("sklearn", "cpu", sklearn_search),
+    "flash-kmeans": ("flash_kmeans", "cuda", flash_search),
+}
+LEFT_OUT = [name for name, (module, *_) in OPTIONAL.items() if find_spec(module) is None]
+
+
+def searches(device_type: str) -> dict[str, Callable]:
+    """By name of the contender, what is installed for the device."""
     return {
-        f"{name} {version(name)}": search for name, (_, search) in OPTIONAL.items() if name not in LEFT_OUT
+        f"{name} {version(name)}": search
+        for name, (_, device, search) in OPTIONAL.items()
+        if device == device_type and name not in LEFT_OUT
     }
 
 
@@ -135,13 +193,20 @@ def timed_search(search: Callable, iterations: int, inputs: Inputs) -> Callable:
     return partial(search, inputs, iterations)
 
 
+def timed_step(step: Callable, inputs: Inputs) -> Callable:
+    return partial(step, inputs.points, inputs.start)
+
+
 def step_contenders(pairs, device_type) -> list[Contender]:
     found = ours("kmeans_step", device_type, our_step)
-    chain = Contender("torch", "peer", lambda inputs: partial(torch_step, inputs.points, inputs.start))
     if pairs > PAIRS:
         found = [one for one in found if one.role == "ours"]
-    else:
-        found.append(chain)
+    elif device_type == "cpu":
+        found.append(Contender("torch", "peer", partial(timed_step, torch_step)))
+    if device_type == "cuda":
+        found += [Contender(name, "peer", partial(timed_step, step)) for name, step in torch_steps().items()]
+        if "flash-kmeans" not in LEFT_OUT:
+            found.append(Contender(f"flash-kmeans {version('flash-kmeans')}", "peer", flash_step))
     return [*found, Contender("matmul", "ceiling", partial(products, 1))]
 
 
@@ -152,9 +217,12 @@ def search_contenders(iterations, device_type) -> list[Contender]:
         for one in ours("kmeans_step", device_type, our_step)
         if one.role == "ours"
     ]
-    if device_type == "cpu":
-        for name, search in searches().items():
-            found.append(Contender(name, "peer", partial(timed_search, search, iterations)))
+    peers = searches(device_type)
+    if device_type == "cuda":
+        peers |= {name: partial(torch_search, step=step) for name, step in torch_steps().items()}
+    for name, search in peers.items():
+        prepare = partial(timed_search, search, iterations)
+        found.append(Contender(name, "peer", prepare, capture=device_type == "cpu"))
     return [*found, Contender("matmul", "ceiling", partial(products, iterations))]
 
 
@@ -175,6 +243,7 @@ def case(op, n, d, n_clusters, iterations=1, quick=False) -> Case:
         inputs=partial(make_inputs, n, d, n_clusters),
         contenders=contenders,
         quick=quick,
+        size=n_clusters,
     )
 
 

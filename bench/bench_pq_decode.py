@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from harness import Case, Contender, ours
+from harness import Case, Contender, compiled, ours
 from qnkernels import functional as F
 
 
@@ -41,21 +41,35 @@ def fill(inputs: Inputs) -> Callable:
     return partial(inputs.out.fill_, 1.0)
 
 
-def gather(inputs: Inputs) -> Callable:
+def eager(codes, codebook) -> torch.Tensor:
     """The whole weight in torch ops."""
-    return lambda: torch.nn.functional.embedding(inputs.codes.int(), inputs.codebook).flatten(1)
+    return torch.nn.functional.embedding(codes.int(), codebook).flatten(1)
 
 
-def gather_rows(inputs: Inputs) -> Callable:
+def eager_rows(codes, codebook, indices) -> torch.Tensor:
     """Rows of the codes, then of the codebook, in torch ops."""
-    embedding = torch.nn.functional.embedding
-    return lambda: embedding(inputs.codes[inputs.indices].int(), inputs.codebook).flatten(1)
+    return torch.nn.functional.embedding(codes[indices].int(), codebook).flatten(1)
+
+
+def gather(call: Callable, inputs: Inputs) -> Callable:
+    return partial(call, inputs.codes, inputs.codebook)
+
+
+def gather_rows(call: Callable, inputs: Inputs) -> Callable:
+    return partial(call, inputs.codes, inputs.codebook, inputs.indices)
+
+
+def of_codes(prepare: Callable, call: Callable, device_type: str) -> list[Contender]:
+    found = [Contender("F.embedding of codes", "peer", partial(prepare, call))]
+    if device_type == "cuda":
+        found.append(Contender("torch.compile", "peer", partial(prepare, compiled(call))))
+    return found
 
 
 def decode_contenders(device_type) -> list[Contender]:
     return [
         *ours("pq_decode", device_type, lambda inputs: partial(F.pq_decode, inputs.codes, inputs.codebook)),
-        Contender("F.embedding of codes", "peer", gather),
+        *of_codes(gather, eager, device_type),
         Contender("fill_", "ceiling", fill),
     ]
 
@@ -67,7 +81,7 @@ def embedding_contenders(device_type) -> list[Contender]:
             device_type,
             lambda inputs: partial(F.pq_embedding, inputs.indices, inputs.codes, inputs.codebook),
         ),
-        Contender("F.embedding of codes", "peer", gather_rows),
+        *of_codes(gather_rows, eager_rows, device_type),
         Contender(
             "F.embedding",
             "peer",

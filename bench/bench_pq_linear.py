@@ -26,7 +26,7 @@ from functools import partial
 import torch
 
 from bench_int_linear import dense, dynamic_int8, int8pack
-from harness import Case, Contender, has_kernel, ours
+from harness import Case, Contender, compiled, has_kernel, ours
 from qnkernels import functional as F
 from qnkernels.backends.cuda import use_wgmma
 
@@ -55,6 +55,19 @@ def make_inputs(shape, batch, d, n_centroids, dtype, device, index) -> Inputs:
 
 def call_ours(inputs: Inputs) -> Callable:
     return partial(F.pq_linear, inputs.x, inputs.codes, inputs.codebook)
+
+
+def eager(x, codes, codebook) -> torch.Tensor:
+    """The formula, the product in the dtype of x."""
+    return torch.nn.functional.linear(x, codebook[codes.long()].flatten(1))
+
+
+def formula(call: Callable, inputs: Inputs) -> Callable:
+    return partial(call, inputs.x, inputs.codes, inputs.codebook)
+
+
+def formula_step(call: Callable, inputs: Inputs) -> Callable:
+    return step(lambda x, codebook: call(x, inputs.codes, codebook), inputs.x, inputs.codebook, inputs.grad)
 
 
 def copy_codes(inputs: Inputs) -> Callable:
@@ -121,6 +134,8 @@ def contenders(batch, dtype, device_type) -> list[Contender]:
     ]
     if device_type == "cpu":
         found.append(Contender("quantize_dynamic", "peer", dynamic_int8))
+    else:
+        found.append(Contender("torch.compile", "peer", partial(formula, compiled(eager))))
     return [replace(one, role="ceiling") if one.name == ceiling else one for one in found]
 
 
@@ -129,6 +144,8 @@ def step_contenders(dtype, device_type) -> list[Contender]:
     found = [Contender(f"F.linear {types[one]}", "peer", partial(dense_step, one)) for one in types]
     ceiling = f"F.linear {types[dtype]}"
     found = [replace(one, role="ceiling") if one.name == ceiling else one for one in found]
+    if device_type == "cuda":
+        found.append(Contender("torch.compile", "peer", partial(formula_step, compiled(eager))))
     mma = ours_by_mma(our_step, dtype, device_type)
     return [*ours("pq_linear_backward", device_type, our_step), *mma, *found]
 
@@ -139,7 +156,7 @@ def case(shape, batch, d, n_centroids, dtype, training=False, target=None, quick
     codes = out * columns // d * (1 if n_centroids <= 256 else 2)
     passes = 3 if training else 1
     return Case(
-        op="pq_linear",
+        op="pq_linear_backward" if training else "pq_linear",
         name=f"{'step of' if training else 'batch'} {batch} {out}x{columns} d={d} K={n_centroids} {types}",
         shape=f"{out}x{columns} batch {batch} d={d} K={n_centroids}",
         dtype=types,
@@ -149,6 +166,7 @@ def case(shape, batch, d, n_centroids, dtype, training=False, target=None, quick
         contenders=partial(step_contenders, dtype) if training else partial(contenders, batch, dtype),
         target=target,
         quick=quick,
+        size=batch,
     )
 
 

@@ -109,6 +109,7 @@ def _facts(case: Case, contender: Contender, measurement: Measurement) -> dict[s
         "op": case.op,
         "case": case.name,
         "shape": case.shape,
+        "size": case.size,
         "dtype": case.dtype,
         "contender": contender.name,
         "role": contender.role,

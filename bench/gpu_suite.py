@@ -3,12 +3,18 @@
 Runs from the source tree of any machine with an NVIDIA GPU, without network or installation: builds the
 libraries if a compiler is there, runs the GPU tests, checks the CUDA kernels' memory accesses where
 compute-sanitizer is installed, measures the ceilings and every benchmark, and writes
-bench/results/<gpu>/: one CSV and picture per suite, ops.csv (what passed its tests) and summary.md.
+bench/results/<gpu>/: one CSV and picture per suite, ops.csv (what passed its tests) and summary.md. Last, it
+writes which backend serves which op from now on (bench/dispatch.py), unless --no-dispatch is given.
 Failures are listed last and make the exit code 1; without a GPU it is 2.
+
+--quick takes under 3 minutes once the libraries are built: the main shapes, few rounds, no memory check. What
+does not fit, because kernels compile for long, is stopped and named; a table of a full run is not replaced,
+and no backend is chosen from so few figures.
 """
 
 import argparse
 import datetime
+import importlib
 import shutil
 import subprocess
 import sys
@@ -23,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(BENCH)]
 
 import torch  # noqa: E402  (after the source tree is on the path)
 
+import dispatch  # noqa: E402
 import environment  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -30,6 +37,8 @@ import summary  # noqa: E402
 
 NO_TESTS = 5  # pytest's exit code
 MEMORY_ERROR = 99  # the exit code asked of compute-sanitizer
+QUICK_SECONDS = 170  # of tests and benchmarks
+QUICK_TESTS = 80  # of which for the tests, at most
 # Suites that time ops of other names, too.
 SUITE_OPS = {
     "dynamic_fake_quantize": ("moving_fake_quantize_",),
@@ -71,8 +80,8 @@ def build(log: Log) -> None:
         log.fail("build", output)
 
 
-def run_tests(log: Log, only: str | None, folder: Path, device: str) -> None:
-    """The tests marked gpu; what passed goes to ops.csv."""
+def run_tests(log: Log, only: str | None, folder: Path, device: str, seconds: float | None = None) -> None:
+    """The tests marked gpu; what passed goes to ops.csv. Stopped where they take longer than `seconds`."""
     with tempfile.TemporaryDirectory() as temporary:
         junit = Path(temporary) / "junit.xml"
         command = [
@@ -87,7 +96,11 @@ def run_tests(log: Log, only: str | None, folder: Path, device: str) -> None:
         ]
         command += [f"--junitxml={junit}", "-o", "junit_family=xunit1", "-p", "no:cacheprovider"]
         command += ["-k", only] if only else []
-        result = subprocess.run(command, cwd=ROOT, env=run.source_tree_env(), capture_output=True, text=True)
+        options = dict(cwd=ROOT, env=run.source_tree_env(), capture_output=True, text=True)
+        try:
+            result = subprocess.run(command, timeout=seconds, **options)
+        except subprocess.TimeoutExpired:
+            return log.say(f"tests: stopped after {seconds:.0f} s, NOT all of them have run; see --quick")
         output = result.stdout + result.stderr
         rows = tested_ops(junit) if junit.exists() else []
     log.say(f"tests: {output.strip().splitlines()[-1] if output.strip() else 'no output'}")
@@ -101,11 +114,10 @@ def run_tests(log: Log, only: str | None, folder: Path, device: str) -> None:
 
 
 def check_memory(log: Log, only: str | None) -> None:
-    """The tests of the CUDA backend once more, under compute-sanitizer."""
+    """The tests of the ops of the CUDA backend once more, but for the largest, under compute-sanitizer."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return log.say("memory not checked: compute-sanitizer is not installed")
-    select = "cuda" if only is None else f"cuda and {only}"  # the backend is part of a test's name
     command = [
         sanitizer,
         "--tool=memcheck",
@@ -114,7 +126,8 @@ def check_memory(log: Log, only: str | None) -> None:
         "-m",
         "pytest",
     ]
-    command += ["tests/gpu", "-m", "gpu", "-k", select, "-x", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["tests/gpu", "-m", "gpu and of and not large", "--gpu-backend=cuda", "-x", "--tb=short"]
+    command += ["-p", "no:cacheprovider", *(["-k", only] if only else [])]
     result = subprocess.run(command, cwd=ROOT, env=run.source_tree_env(), capture_output=True, text=True)
     if result.returncode in (0, NO_TESTS):
         return log.say("memory: no errors in the CUDA kernels")
@@ -136,27 +149,55 @@ def tested_ops(junit: Path) -> list[dict]:
     ]
 
 
-def is_measured(path: Path) -> bool:
-    """Whether the CSV of a suite is of the commit that the source tree is at."""
+def is_measured(suite: str, folder: Path, device: str, quick: bool) -> bool:
+    """Whether the suite's table has all of its cases (with `quick`, those of a quick run)."""
+    path = folder / f"{suite}.csv"
+    rows = report.read_csv(path) if path.exists() else []
+    cases = importlib.import_module(f"bench_{suite}").CASES
+    wanted = {case.name for case in cases if device in case.devices and (case.quick or not quick)}
+    return wanted <= {row["case"] for row in rows}
+
+
+def is_current(suite: str, folder: Path) -> bool:
+    """Whether the suite's table is of the commit that the source tree is at."""
+    path = folder / f"{suite}.csv"
     rows = report.read_csv(path) if path.exists() else []
     return bool(rows) and {row["commit"] for row in rows} == {environment.commit()}
 
 
 def run_benchmarks(
-    log: Log, only: str | None, quick: bool, resume: bool, results: Path, folder: Path, device: str
+    log: Log,
+    only: str | None,
+    quick: bool,
+    resume: bool,
+    results: Path,
+    folder: Path,
+    device: str,
+    until: float | None = None,
 ) -> None:
-    for suite in run.SUITES:
+    """The ceilings first. `until`, on the clock of time.perf_counter, ends them; none takes over half of what
+    is left."""
+    for suite in sorted(run.SUITES, key=lambda name: name != "ceilings"):
         if only and suite != "ceilings" and only not in (suite, *SUITE_OPS.get(suite, ())):
             continue
-        if resume and is_measured(folder / f"{suite}.csv"):
+        if resume and is_current(suite, folder) and is_measured(suite, folder, device, quick):
             log.say(f"{suite}: measured at this commit already")
             continue
-        outcome = run.run_suite(suite, device, quick)
+        left = None if until is None else until - time.perf_counter()
+        if left is not None and left <= 0:
+            log.say(f"left out for want of time: {suite}")
+            continue
+        outcome = run.run_suite(suite, device, quick, seconds=None if left is None else left / 2)
         if outcome.rows:
-            path = run.keep(outcome, results)
-            log.say(f"{suite}: {len(outcome.rows)} rows in {path.relative_to(results)}")
-            print(run.table(outcome.rows), *outcome.left_out, sep="\n", flush=True)
-        if outcome.problem or not outcome.rows:
+            if quick and is_measured(suite, folder, device, quick=False):
+                log.say(f"{suite}: {len(outcome.rows)} rows, shown only: the table there is of a full run")
+            else:
+                path = run.keep(outcome, results)
+                log.say(f"{suite}: {len(outcome.rows)} rows in {path.relative_to(results)}")
+            print(run.table(outcome.rows), flush=True)
+        print(*outcome.left_out, sep="\n", end="\n" * bool(outcome.left_out), flush=True)
+        stopped = not outcome.rows and not outcome.problem and outcome.left_out
+        if outcome.problem or not (outcome.rows or stopped):
             log.fail(f"bench_{suite}.py", outcome.problem or "no contender ran")
 
 
@@ -165,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="under 3 minutes: the main shapes, few rounds")
     parser.add_argument("--only", metavar="OP", help="tests and benchmarks of one op")
     parser.add_argument("--resume", action="store_true", help="leave out suites measured at this commit")
+    parser.add_argument("--no-dispatch", action="store_true", help="leave the choice of backends as it is")
     parser.add_argument("--no-build", action="store_true", help="use the libraries as they are")
     parser.add_argument(
         "--summary-only", action="store_true", help="write the summaries from the CSVs there are"
@@ -185,12 +227,17 @@ def main(arguments: list[str] | None = None) -> int:
     log.say(f"{environment.device_name(device)}, torch {torch.__version__}, {datetime.date.today()}")
     if not options.no_build:
         build(log)
-    run_tests(log, options.only, folder, options.device)
+    start = time.perf_counter()
+    run_tests(log, options.only, folder, options.device, QUICK_TESTS if options.quick else None)
     if options.device == "cuda" and not options.quick:
         check_memory(log, options.only)
-    run_benchmarks(log, options.only, options.quick, options.resume, options.out, folder, options.device)
+    until = start + QUICK_SECONDS if options.quick else None
+    choice = options.only, options.quick, options.resume
+    run_benchmarks(log, *choice, options.out, folder, options.device, until)
     for path in summary.write_summaries(options.out, folder if options.quick else None):
         log.say(f"wrote {path}")
+    if options.device == "cuda" and not options.quick and not options.no_dispatch:
+        print(*dispatch.install(folder), sep="\n", flush=True)
     for step, output in log.failures:
         print(f"\n=== FAILED: {step}\n{output}", file=sys.stderr)
     if log.failures:

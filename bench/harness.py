@@ -45,6 +45,7 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "cuda")
     target: float | None = None  # largest accepted ratio of ours to the ceiling
     quick: bool = False  # part of the short run
+    size: int | None = None  # what the choice between GPU backends goes by: qnkernels.backends.dispatch.SIZES
 
     def __str__(self) -> str:
         return f"{self.op}: {self.name}"

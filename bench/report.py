@@ -8,7 +8,7 @@ from pathlib import Path
 from environment import FIELDS
 
 COLUMNS = (
-    *("op", "case", "shape", "dtype", "contender", "role"),
+    *("op", "case", "shape", "size", "dtype", "contender", "role"),
     *("median_s", "q1_s", "q3_s", "min_s", "rounds", "calls", "timer"),
     *("moved_bytes", "operations", "gb_per_s", "gflop_per_s", "ceiling", "ratio_to_ceiling", "target"),
     "other_load",

@@ -29,17 +29,24 @@ class Outcome:
     left_out: list[str]  # one line per peer that could not take part
 
 
-def run_suite(suite: str, device: str = "cpu", quick: bool = False, select: str = "") -> Outcome:
+def run_suite(
+    suite: str, device: str = "cpu", quick: bool = False, select: str = "", seconds: float | None = None
+) -> Outcome:
     """Run bench_<suite>.py; rows hold whatever was measured, also when some contender failed.
 
-    `select` is pytest's -k expression.
+    `select` is pytest's -k expression. A run that is not done in `seconds` is stopped and has no rows; that
+    is a line of left_out and no problem.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
         command = [sys.executable, "-m", "pytest", str(BENCH / f"bench_{suite}.py"), f"--device={device}"]
         command += [f"--benchmark-json={path}", "-p", "no:cacheprovider", "-rs", "--tb=short"]
         command += ["--quick"] * quick + (["-k", select] if select else [])
-        result = subprocess.run(command, cwd=ROOT, env=source_tree_env(), capture_output=True, text=True)
+        options = dict(cwd=ROOT, env=source_tree_env(), capture_output=True, text=True)
+        try:
+            result = subprocess.run(command, timeout=seconds, **options)
+        except subprocess.TimeoutExpired:
+            return Outcome(suite, [], "", [f"left out for want of time: {suite}"])
         rows = rows_from_json(path) if path.exists() and path.stat().st_size else []
     output = result.stdout + result.stderr
     left_out = [line for line in output.splitlines() if line.startswith(("SKIPPED", "left out"))]

@@ -3,8 +3,8 @@
 Triton kernels: each variant (kernel_calls.py) for sm_80 and sm_90. csrc/cuda/*.cu, where nvcc is found: for
 sm_80 and sm_90a, with the flags of CMakeLists.txt; a CUDA library that was built from the sources as they are
 now is read instead of compiling them again. Prints registers, shared memory and spills as reported by
-cuobjdump and ptxas. Exits with 1 if a kernel spills, does not compile, is reached by no call, or has, where
-it must be exact, an instruction that is not.
+cuobjdump and ptxas. Exits with 1 if a kernel spills, does not compile, is reached by no call, has, where it
+must be exact, an instruction that is not, or has wgmma products that ptxas made to wait for each other.
 """
 
 import argparse

@@ -1,18 +1,24 @@
 // y = x @ ((q - z) * s)^T + bias over packed 8-bit and 4-bit codes, which are decoded as they are read.
 //
-// Three kernels: up to 16 rows of x wait for the weight (few), more of them for the tensor cores (tiles), and rows or
-// groups that no 16-byte load fits take one code at a time (general). Sums in fp32; parts of a sum, where columns are
-// split between blocks, are added in a fixed order: the same bits in every run.
+// Four kernels: up to 16 rows of x wait for the weight (few), more of them for the tensor cores (tiles, by mma.sync;
+// from 65 rows of 16-bit x on, warpgroups, by wgmma, on a device of compute capability 9.0 where groups are whole
+// steps of 64 columns), and rows or groups that no 16-byte load fits take one code at a time (general). plan_for
+// chooses. Sums in fp32; parts of a sum, where columns are split between blocks, are added in a fixed order: the same
+// bits in every run.
 //
 // Floors on an H100 (3.35 TB/s, 990 TFLOP/s) for n = k = 4096, and what is predicted, in us; nothing of it is measured:
 //   bytes: int8 16.8 MB = 5.0, int4 in groups of 128 with zero points 9.0 MB = 2.7;  operations: 0.034 a row of x
 //   m = 1: int8 7, int4 4.5 (80 % of the bandwidth and a start of 1 us)
 //   m = 16: int8 8, int4 6.5 (64 tiles of outputs read x from the L2 cache, 8.4 MB; sums of 4 parts)
-//   m = 64: 10 (34 MB from the L2 cache, sums of 4 parts);  m = 1024: 75 (35 by the operations, of which mma.sync
-//   reaches about 60 %; wgmma, as Triton's kernel uses it, should be faster from some 128 rows on)
+//   m = 64: 10 (34 MB from the L2 cache, sums of 4 parts)
+//   tiles, m = 128: 13, m = 1024: 75 (35 by the operations, of which mma.sync reaches about 60 %)
+//   warpgroups, m = 128: 11 (50 MB from the L2 cache at 5.5 TB/s = 9, sums of 4 parts), m = 256: 18, m = 1024: 65
+//   int8, 58 int4 (400 and 335 MB from the L2 cache = 73 and 61 at 5.5 TB/s, 57 and 48 at 7)
+//   where groups are of 128 columns, of which tensor cores wait 10 % for sums to be taken over: 1.1 times as much
 // Registers, shared memory and blocks of a multiprocessor on sm_90a, bf16 or f16, int8 / int4, by outputs of a block:
 //   few, 16: 80 / 92, 64 / 96 KiB, 3 / 2;  32: 120 / 128, 96 KiB, 2;  64: 200 / 216, 96 KiB, 2
 //   tiles, 64 rows: 126 / 126, 64 / 48 KiB, 2;  128 rows: 254 / 244, 96 / 80 KiB, 1
+//   warpgroups: 231 / 227, 65 KiB, 1
 #include "cuda/int_linear.h"
 
 #include <algorithm>
@@ -20,6 +26,7 @@
 #include "cuda/int_linear_few.h"
 #include "cuda/int_linear_general.h"
 #include "cuda/int_linear_tiles.h"
+#include "cuda/int_linear_warpgroups.h"
 #include "cuda/status.h"
 
 namespace qnk {
@@ -49,6 +56,10 @@ Plan plan_for(int64_t m, int64_t n, int64_t k, int64_t groups, int bits, size_t 
         const Plan plan{Kernel::Few, 8 * tiles, m <= 8 ? 8 : 16, 1, 1};
         return split(plan, ceil_div(n, plan.outputs), kFewBlocks, ceil_div(ceil_div(k, few_chunk), warps));
     }
+    if (m >= kWarpgroupRows && x_size == 2 && group % 64 == 0 && has_wgmma()) {
+        const Plan plan{Kernel::Warpgroups, 128, 128, 1, 1};
+        return split(plan, ceil_div(m, plan.rows) * ceil_div(n, plan.outputs), kTileBlocks, ceil_div(k, 64));
+    }
     const Plan plan{Kernel::Tiles, 128, m <= 64 || x_size == 4 ? 64 : 128, 1, 1};
     return split(plan, ceil_div(m, plan.rows) * ceil_div(n, plan.outputs), kTileBlocks, ceil_div(k, 64));
 }
@@ -69,6 +80,14 @@ cudaError_t launch_tiles(const Plan& plan, const IntLinear& a, cudaStream_t stre
 }
 
 template <typename T, int Bits>
+cudaError_t launch_warpgroups(const Plan& plan, const IntLinear& a, cudaStream_t stream) {
+    using S = Warpgroups<T, Bits>;
+    const int64_t blocks = ceil_div(a.m, S::kRows) * ceil_div(a.n, S::kOutputs);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(plan.parts));
+    return launch(int_linear_warpgroups_kernel<T, Bits>, grid, S::kThreads, S::kShared, stream, a);
+}
+
+template <typename T, int Bits>
 cudaError_t launch_general(const IntLinear& a, cudaStream_t stream) {
     const int64_t blocks = ceil_div(a.m, kGeneralRows) * ceil_div(a.n, kGeneralWarps);
     return launch(int_linear_general_kernel<T, Bits>, static_cast<unsigned>(blocks), 32 * kGeneralWarps, 0, stream, a);
@@ -78,6 +97,8 @@ template <typename T, int Bits>
 cudaError_t launch_plan(const Plan& plan, const IntLinear& a, cudaStream_t stream) {
     if (plan.kernel == Kernel::General) return launch_general<T, Bits>(a, stream);
     constexpr bool kPieces = sizeof(T) == 4;  // for fp32, in three pieces, registers are too few for the larger blocks
+    if constexpr (!kPieces)
+        if (plan.kernel == Kernel::Warpgroups) return launch_warpgroups<T, Bits>(plan, a, stream);
     if (plan.kernel == Kernel::Tiles)
         return plan.rows == 64 ? launch_tiles<T, Bits, 1>(plan, a, stream)
                                : launch_tiles<T, Bits, kPieces ? 1 : 2>(plan, a, stream);

@@ -48,9 +48,21 @@ __device__ __forceinline__ void store_sum(const IntLinear& a, int64_t part, int6
         static_cast<T*>(a.y)[row * a.n + out] = from_float<T>(sum + bias_at(a, out));
 }
 
+// The tile of a block: bands of 8 tiles of rows, so that both operands of blocks that run together stay in the cache.
+struct TileOf {
+    int64_t row, output;
+    __device__ TileOf(int64_t block, int64_t rows, int64_t outputs) {
+        constexpr int64_t kBand = 8;
+        const int64_t band = block / (kBand * outputs), within = block % (kBand * outputs);
+        const int64_t height = min(rows - band * kBand, kBand);
+        row = band * kBand + within % height;
+        output = within / height;
+    }
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-enum class Kernel { General, Few, Tiles };
+enum class Kernel { General, Few, Tiles, Warpgroups };
 
 // How a product is taken apart.
 struct Plan {
@@ -61,7 +73,8 @@ struct Plan {
     int64_t turns;  // of that loop, in each part
 };
 
-constexpr int kFewRows = 16;  // of x
+constexpr int kFewRows = 16;        // of x, at most, that wait for the weight
+constexpr int kWarpgroupRows = 65;  // from here on wgmma, where the device has it
 constexpr int kUnit = 32;     // columns that four lanes take in two products; a group is whole units of the kernels
 
 }  // namespace qnk

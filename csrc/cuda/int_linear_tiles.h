@@ -31,18 +31,6 @@ struct Tiles {
     }
 };
 
-// The tile of a block: bands of 8 tiles of rows, so that both operands of blocks that run together stay in the cache.
-struct TileOf {
-    int64_t row, output;
-    __device__ TileOf(int64_t block, int64_t rows, int64_t outputs) {
-        constexpr int64_t kBand = 8;
-        const int64_t band = block / (kBand * outputs), within = block % (kBand * outputs);
-        const int64_t height = min(rows - band * kBand, kBand);
-        row = band * kBand + within % height;
-        output = within / height;
-    }
-};
-
 template <typename T, int Bits, int WarpRows>
 __global__ void __launch_bounds__(256) int_linear_tiles_kernel(IntLinear a) {
     using S = Tiles<T, Bits, WarpRows>;

@@ -81,10 +81,21 @@ QNK_LDMATRIX(ldmatrix_x2_trans, 2, ".trans", "%0, %1", "%2", QNK_TWO)
 #undef QNK_FOUR
 #undef QNK_TWO
 
+// Asks for the line of `global` in the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Copies 16 bytes from global to shared memory, both 16-byte aligned, of which the first `bytes` are read and the
 // others 0; `from` is not read at all where bytes is 0. It lands at the wait for its group.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, int bytes = 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
+// The same of 4 bytes, 4-byte aligned.
+__device__ __forceinline__ void cp_async_4(void* to, const void* from, int bytes = 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
 }
 

@@ -2,7 +2,8 @@
 
 A backend is a module with `load() -> dict[op name, callable]`. Each callable has the signature of the
 reference function of that name, takes checked, contiguous tensors, and returns new ones. `load` raises
-BackendUnavailable with one sentence that says what to do when the backend cannot work here.
+BackendUnavailable with one sentence that says what to do when the backend cannot work here. On a GPU, where
+two backends may have an op, measurements decide: see dispatch.py.
 """
 
 import contextlib
@@ -11,8 +12,10 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator
 
+from . import dispatch
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# First that is available serves the op. "cuda" stands behind "triton" until measurements say otherwise.
+# The first that has the op serves it, unless a measured rule says otherwise.
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 _forced: str | None = None
@@ -52,13 +55,12 @@ def _select(op: str, device_type: str, forced: str | None) -> Callable:
                 f"backend {forced!r} has no kernel for {op!r}; leave it unforced for this op"
             )
         return available[op]
-    reasons = []
-    for name in PREFERENCE.get(device_type, ()):
-        loaded = _load(name)
-        if isinstance(loaded, BackendUnavailable):
-            reasons.append(f"{name}: {loaded}")
-        elif op in loaded:
-            return loaded[op]
+    steps = _steps(op, device_type)
+    if steps:
+        by_name = {name: kernels(name)[op] for name, _ in steps}
+        return by_name[steps[0][0]] if len(steps) == 1 else dispatch.by_size(op, steps, by_name)
+    missing = ((name, _load(name)) for name in PREFERENCE.get(device_type, ()))
+    reasons = [f"{name}: {why}" for name, why in missing if isinstance(why, BackendUnavailable)]
     why = "; ".join(reasons) or f"no backend has a kernel for {device_type} tensors"
     warnings.warn(
         f"{op} on {device_type} falls back to the slow reference ({why})", RuntimeWarning, stacklevel=2
@@ -66,13 +68,22 @@ def _select(op: str, device_type: str, forced: str | None) -> Callable:
     return kernels("reference")[op]
 
 
+def _steps(op: str, device_type: str) -> dispatch.Steps:
+    """The backends that serve `op`, by size; empty where none but the reference does."""
+    loaded = {name: _load(name) for name in PREFERENCE.get(device_type, ())}
+    able = [name for name, one in loaded.items() if not isinstance(one, BackendUnavailable) and op in one]
+    measured = _rule(op, device_type) if len(able) > 1 else ()
+    return measured or tuple((name, None) for name in able[:1])
+
+
+def _rule(op: str, device_type: str) -> dispatch.Steps:
+    return dispatch.rules().steps.get(op, ()) if device_type == "cuda" else ()
+
+
 def serving(op: str, device_type: str) -> str:
-    """Name of the backend that serves `op` on `device_type` when none is forced."""
-    for name in PREFERENCE.get(device_type, ()):
-        loaded = _load(name)
-        if not isinstance(loaded, BackendUnavailable) and op in loaded:
-            return name
-    return "reference"
+    """Who serves `op` on `device_type` when none is forced: the name of a backend, or several by size."""
+    steps = _steps(op, device_type)
+    return dispatch.in_words(op, steps) if steps else "reference"
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from .. import __version__
-from ..backends import BACKENDS, BackendUnavailable, kernels, serving
+from ..backends import BACKENDS, BackendUnavailable, dispatch, kernels, serving
 from ..backends.native import build_info, open_library
 from ..ops import OPS
 from .console import out, print_json
@@ -41,6 +41,7 @@ def examine() -> dict:
         "gpus": _gpus(),
         "backends": {name: _state(name) for name in BACKENDS},
         "serving": {device: {op: serving(op, device) for op in OPS} for device in DEVICES},
+        "dispatch": dispatch.rules().why,
     }
 
 
@@ -115,6 +116,7 @@ def tables(findings: dict) -> list[Table]:
         states.add_row(name, state, style="" if state == "available" else "yellow")
     columns = [name if name == "cpu" or findings["gpus"] else f"{name} (none here)" for name in DEVICES]
     served = Table("op", *columns, title="who serves which op", box=box.SIMPLE_HEAD, title_justify="left")
+    served.caption, served.caption_justify = f"cuda: {findings['dispatch']}", "left"
     for op in OPS:
         served.add_row(op, *(findings["serving"][device][op] for device in DEVICES))
     return [facts, states, served]

@@ -92,6 +92,15 @@ print(max(one.spills for one in found), sum(one.error == "no call reaches it" fo
     assert missed >= 6
 
 
+def test_products_that_wait_for_each_other_are_seen(program):
+    warning = (
+        "ptxas info : (C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+        "non wgmma instructions defining input registers of a wgmma in the function '_Z4wildPf'\n"
+    )
+    tame, wild = program.parse_ptxas(warning + PTXAS, "odd.cu", "sm_90a")
+    assert not tame.error and wild.error == "wgmma is serialized"
+
+
 def test_ptxas_report_is_read(program):
     tame, wild = program.parse_ptxas(PTXAS, "odd.cu", "sm_90a")
     assert (tame.registers, tame.shared, tame.spills) == (12, 512, 0)

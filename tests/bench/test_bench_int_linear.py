@@ -47,6 +47,28 @@ def test_each_class_has_its_peers():
     assert "reference" not in large
 
 
+def test_gemlite_takes_part_on_a_gpu(monkeypatch):
+    """With 16-bit activations, in every class; and out of the list where it is not installed."""
+    monkeypatch.setattr(suite, "version", lambda package: "1.0")
+    monkeypatch.setattr(suite, "LEFT_OUT", [])
+
+    def has(kind, dtype, device):
+        return "gemlite 1.0" in {one.name for one in suite.contenders(kind, dtype, (64, 64), 4, device)}
+
+    for kind in suite.KINDS:
+        assert has(kind, torch.bfloat16, "cuda")
+        assert not has(kind, torch.float32, "cuda") and not has(kind, torch.bfloat16, "cpu")
+    monkeypatch.setattr(suite, "LEFT_OUT", ["gemlite"])
+    assert not has(suite.INT4, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_compiled_formula_is_that_of_the_layer(bits):
+    inputs = suite.make_inputs((64, 256), 4, bits, torch.bfloat16, CPU, 5)
+    y, exact = (suite.formula(suite.decode_and_multiply, inputs)(), suite.dense(torch.float32, inputs)())
+    assert y.dtype == torch.bfloat16 and (y.float() - exact).norm() / exact.norm() < 0.15
+
+
 def test_the_cases_are_those_of_the_target():
     assert len(suite.CASES) == 3 * 2 * 4 * 5
     sizes = {case.shape for case in suite.CASES}

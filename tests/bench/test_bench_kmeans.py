@@ -20,7 +20,7 @@ def test_our_objective_is_within_half_a_percent_of_every_peer():
     """After the same number of steps from the same centroids."""
     inputs = kmeans.make_inputs(6000, 8, 64, CPU, 3)
     ours = objective(inputs.points, kmeans.our_search(inputs, 12))
-    for name, search in {"torch": kmeans.torch_search, **kmeans.searches()}.items():
+    for name, search in {"torch": kmeans.torch_search, **kmeans.searches("cpu")}.items():
         theirs = objective(inputs.points, search(inputs, 12))
         assert ours <= 1.005 * theirs, f"{name}: {theirs}, ours {ours}"
 
@@ -29,9 +29,34 @@ def test_one_step_of_ours_and_of_torch():
     inputs = kmeans.make_inputs(3000, 4, 20, CPU, 5)
     _, sums, mass, _ = kmeans.our_step(inputs)()
     means = sums.double() / 2.0**kmeans.EXPONENT / mass[:, None]
-    torch.testing.assert_close(
-        kmeans.torch_step(inputs.points, inputs.start).double(), means, rtol=1e-4, atol=1e-5
-    )
+    for step in (kmeans.torch_step, kmeans.one_hot_step):
+        found = step(inputs.points, inputs.start).double()
+        torch.testing.assert_close(found, means, rtol=1e-4, atol=1e-5)
+
+
+def test_the_steps_of_torch_are_the_same_in_chunks(monkeypatch):
+    """Empty clusters stay where they were."""
+    inputs = kmeans.make_inputs(1000, 4, 20, CPU, 5)
+    inputs.start[7] = 1e3
+    whole = kmeans.torch_step(inputs.points, inputs.start)
+    assert torch.equal(whole[7], inputs.start[7])
+    monkeypatch.setitem(kmeans.SCORES, "cpu", 20 * 64)
+    for step in (kmeans.torch_step, kmeans.one_hot_step):
+        torch.testing.assert_close(step(inputs.points, inputs.start), whole)
+
+
+def test_the_peers_on_a_gpu(monkeypatch):
+    """By name; what is not installed stays out of the list and is named as left out."""
+    monkeypatch.setattr(kmeans, "version", lambda package: "1.0")
+    monkeypatch.setattr(kmeans, "LEFT_OUT", [])
+    torchs = {"torch", "torch one-hot", "torch.compile", "torch.compile one-hot"}
+    for case in kmeans.CASES:
+        peers = {one.name: one for one in case.contenders("cuda") if one.role == "peer"}
+        assert set(peers) == torchs | {"flash-kmeans 1.0"}
+        if case.op == "kmeans":  # each search waits for the device
+            assert not any(one.capture for one in peers.values())
+    monkeypatch.setattr(kmeans, "LEFT_OUT", ["flash-kmeans"])
+    assert all("flash" not in one.name for case in kmeans.CASES for one in case.contenders("cuda"))
 
 
 def test_the_ceiling_of_kmeans_computes_every_product(monkeypatch):

@@ -1,6 +1,7 @@
 """From a run to CSV, table and picture; what the summaries say; the GPU suite's parts without a GPU."""
 
 import csv
+import importlib
 import json
 
 import pytest
@@ -20,6 +21,7 @@ def recorded(contender="cpu", role="ours", seconds=0.002, ratio=1.25, **changes)
         **{"contender": contender, "role": role, "calls": 7, "moved_bytes": 4_000_000, "operations": 0},
         **{"ceiling": "copy_", "ratio_to_ceiling": ratio, "target": 2.0 if role == "ours" else None},
         "medians": {contender: seconds},
+        "size": 16,
         "other_load": 0.011,
     }
     stats = {"median": seconds, "q1": 0.9 * seconds, "q3": 1.1 * seconds, "min": 0.8 * seconds, "rounds": 5}
@@ -203,7 +205,7 @@ def test_the_gpu_suite_writes_summaries_alone(tmp_path):
 def test_failures_come_last_and_set_the_exit_code(monkeypatch, tmp_path, capsys):
     bad = run.Outcome("minmax", rows(tmp_path), "E   RuntimeError: boom", [])
     monkeypatch.setattr(run, "SUITES", ("minmax",))
-    monkeypatch.setattr(run, "run_suite", lambda suite, device, quick: bad)
+    monkeypatch.setattr(run, "run_suite", lambda suite, device, quick, seconds: bad)
     monkeypatch.setattr(gpu_suite, "run_tests", lambda *arguments: None)
     out = tmp_path / "results"
     assert gpu_suite.main(["--device", "cpu", "--no-build", "--out", str(out)]) == 1
@@ -218,9 +220,10 @@ def test_the_gpu_suite_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_suite.environment, "device_name", lambda device: "A Processor x2")
     monkeypatch.setattr(run, "SUITES", ("minmax", "kmeans"))
     monkeypatch.setattr(gpu_suite, "run_tests", lambda *arguments: None)
+    monkeypatch.setattr(gpu_suite, "is_measured", lambda *arguments: True)
     ran = []
 
-    def run_suite(suite, device, quick):
+    def run_suite(suite, device, quick, seconds):
         ran.append(suite)
         return run.Outcome(suite, rows(tmp_path, op=suite), "", [])
 
@@ -249,7 +252,8 @@ def test_memory_errors_are_failures(monkeypatch, code, failed):
     log = gpu_suite.Log()
     gpu_suite.check_memory(log, "kmeans")
     (command,) = commands
-    assert command[0] == "/opt/compute-sanitizer" and "cuda and kmeans" in command
+    assert command[0] == "/opt/compute-sanitizer" and command[-2:] == ["-k", "kmeans"]
+    assert "--gpu-backend=cuda" in command and "gpu and of and not large" in command
     assert [step for step, _ in log.failures] == (["memory check"] if failed else [])
 
 
@@ -257,3 +261,54 @@ def test_without_the_sanitizer_that_is_said(monkeypatch, capsys):
     monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: None)
     gpu_suite.check_memory(gpu_suite.Log(), None)
     assert "compute-sanitizer is not installed" in capsys.readouterr().out
+
+
+def test_a_table_is_whole_when_it_has_every_case(tmp_path):
+    cases = [case for case in importlib.import_module("bench_minmax").CASES if "cuda" in case.devices]
+    some = [case.name for case in cases if case.quick]
+    assert 0 < len(some) < len(cases)
+    for names, quick, whole in ((some, True, True), (some, False, False), (some[1:], True, False)):
+        kept = [recorded_row | {"case": name} for name in names for recorded_row in rows(tmp_path)]
+        report.write_csv(tmp_path / "minmax.csv", kept)
+        assert gpu_suite.is_measured("minmax", tmp_path, "cuda", quick) == whole
+    report.write_csv(tmp_path / "minmax.csv", [rows(tmp_path)[0] | {"case": case.name} for case in cases])
+    assert gpu_suite.is_measured("minmax", tmp_path, "cuda", quick=False)
+    assert not gpu_suite.is_measured("kmeans", tmp_path, "cuda", quick=True)
+
+
+def test_a_quick_run_leaves_a_full_table_and_names_what_it_has_no_time_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "SUITES", ("kmeans", "minmax", "range"))
+    folder = tmp_path / "a-processor-x2"
+    monkeypatch.setattr(gpu_suite, "is_measured", lambda suite, *rest, quick: suite == "kmeans")
+    clock = iter((0.0, 100.0, 171.0))
+    limits = []
+
+    def run_suite(suite, device, quick, seconds):
+        limits.append(seconds)
+        if suite == "minmax":
+            return run.Outcome(suite, [], "", ["left out for want of time: minmax"])
+        return run.Outcome(suite, rows(tmp_path), "", [])
+
+    monkeypatch.setattr(run, "run_suite", run_suite)
+    log = gpu_suite.Log()
+    monkeypatch.setattr(gpu_suite.time, "perf_counter", lambda: next(clock, 172.0))
+    monkeypatch.setattr(log, "say", print)
+    gpu_suite.run_benchmarks(log, None, True, False, tmp_path, folder, "cuda", 170.0)
+    printed = capsys.readouterr().out
+    assert limits == [85.0, 35.0] and not log.failures and not folder.exists()
+    assert "the table there is of a full run" in printed
+    assert "left out for want of time: minmax" in printed and "left out for want of time: range" in printed
+
+
+def test_a_suite_that_takes_too_long_is_stopped():
+    outcome = run.run_suite("ceilings", quick=True, seconds=0.1)
+    assert outcome == run.Outcome("ceilings", [], "", ["left out for want of time: ceilings"])
+
+
+def test_tests_that_take_too_long_are_stopped_and_named(monkeypatch, tmp_path, capsys):
+    def never(command, timeout, **options):
+        raise gpu_suite.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu_suite.subprocess, "run", never)
+    gpu_suite.run_tests(gpu_suite.Log(), None, tmp_path, "cuda", 80)
+    assert "stopped after 80 s, NOT all of them have run" in capsys.readouterr().out

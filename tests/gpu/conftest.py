@@ -14,10 +14,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--gpu-device", default="cuda", choices=("cuda", "cpu"), help="cpu: Triton's interpreter"
     )
+    parser.addoption("--gpu-backend", choices=("triton", "cuda"), help="the tests of this backend alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "of(op): the op that a test covers, on every backend that has it")
+    config.addinivalue_line("markers", "large: takes gigabytes of GPU memory, too much for a memory check")
     config.addinivalue_line("markers", "needs_cuda: not even the interpreter can run it")
 
 
@@ -53,7 +55,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test marked `of(op)` that takes `backend` runs once per backend that has the op."""
     marker = metafunc.definition.get_closest_marker("of")
     if marker and "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", backends_with(marker.args[0]))
+        only = metafunc.config.getoption("--gpu-backend", None)
+        found = backends_with(marker.args[0])
+        metafunc.parametrize("backend", [name for name in found if only in (None, name)])
 
 
 @pytest.fixture(autouse=True)

@@ -125,6 +125,7 @@ def test_kmeans_repeats_itself_and_agrees_with_the_cpu(device, backend):
 
 @pytest.mark.of("kmeans_step")
 @pytest.mark.needs_cuda
+@pytest.mark.large
 def test_kmeans_step_of_more_than_2_31_coordinates(device, backend):
     n, d = 2**25 + 77, 64
     if backend == "reference" or torch.cuda.mem_get_info()[0] < 5 * n * d:

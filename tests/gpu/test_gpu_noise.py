@@ -98,6 +98,7 @@ def test_fake_quantize_takes_views(device, backend):
 
 @pytest.mark.of("fake_quantize")
 @pytest.mark.needs_cuda
+@pytest.mark.large
 def test_fake_quantize_of_more_than_2_31_elements(device, backend):
     """The noise and the values at both ends, against the formula on those elements alone."""
     n = 2**31 + 8 * 1000 + 3

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_emulator import alignment, emulated, processors
+from helpers_emulator import alignment, capability, emulated, processors, shared_memory
 from helpers_int_linear import UNIT, Packed, assert_within, output_rounding, random_packed
 from numeric import DTYPES, assert_identical
 from pairs import covering, name
@@ -18,6 +18,19 @@ SIZES = {
     "zero_point": (True, False),
     "bias": (None, "fp32", "as x"),
     "dtype": DTYPES,
+    "x": ("plain", "offset", "1000x", "zeros"),
+    "processors": (1, 3, 20),
+}
+# for wgmma: below, at and past a tile of rows, outputs and columns
+WIDE = {
+    "m": (65, 66, 127, 128, 129, 260),
+    "k": (32, 64, 80, 96, 128, 192, 320, 1088),
+    "n": (1, 15, 65, 128, 130),
+    "group": (None, None, 64, 128),
+    "bits": (8, 4),
+    "zero_point": (True, False),
+    "bias": (None, "fp32", "as x"),
+    "dtype": DTYPES[1:],
     "x": ("plain", "offset", "1000x", "zeros"),
     "processors": (1, 3, 20),
 }
@@ -58,8 +71,22 @@ def check(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None) -> 
     assert_within(y, exact, bound + output_rounding(exact, x.dtype))
 
 
+def aligned(k, group, bits, **rest) -> bool:
+    return k * bits % 128 == 0 and (group is None or k % group == 0)
+
+
 @pytest.mark.parametrize("case", list(covering(SIZES, possible)), ids=name)
 def test_every_element_is_within_the_bound(case):
+    check_case(case)
+
+
+@pytest.mark.parametrize("case", list(covering(WIDE, aligned)), ids=name)
+def test_every_element_is_within_the_bound_with_wgmma(case):
+    with capability(90, "int_linear"):
+        check_case(case)
+
+
+def check_case(case: dict) -> None:
     m, k, n, group, bits, zero_point, bias, dtype, kind, count = case.values()
     generator = seeded(m * 7919 + k * 31 + n)
     packed = random_packed(n, k, bits, k // (group or k), generator, zero_point, unit=2**-10)
@@ -80,10 +107,43 @@ def test_every_kernel(bits, dtype):
                 check(torch.randn(m, 384, generator=seeded(m + 1)).to(dtype), packed)
 
 
-@pytest.mark.parametrize("m", [1, 20])
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.bfloat16), (4, torch.float16)], ids=str)
+def test_wgmma_in_every_group_and_part(bits, dtype):
+    """Sums taken over in the middle of a group and at its end, parts that start and end there."""
+    for groups, count in ((1, 1), (1, 5), (9, 1), (9, 7), (3, 2)):
+        packed = random_packed(20, 576, bits, groups, seeded(groups), unit=2**-10)
+        with capability(90, "int_linear"), processors(count, "int_linear"):
+            check(torch.randn(70, 576, generator=seeded(count)).to(dtype), packed)
+
+
+def test_what_takes_wgmma():
+    """Told by the shared memory that it needs: more than the tiles for 64 rows, less than the others."""
+
+    def fits(m, tens, size, dtype=torch.bfloat16, groups=1) -> bool:
+        packed = random_packed(3, 128, 8, groups, seeded(m))
+        with capability(tens, "int_linear"), shared_memory(size, "int_linear"):
+            try:
+                int_linear(torch.ones(m, 128, dtype=dtype), packed)
+            except RuntimeError:
+                return False
+        return True
+
+    more, less = 66_600, 66_500
+    assert fits(65, 90, more) and not fits(65, 90, less) and fits(65, 90, more, groups=2)
+    assert fits(64, 90, less)
+    assert not fits(65, 80, more) and not fits(65, 90, more, groups=4)
+    assert not fits(65, 90, more, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("m", "tens"), [(1, 80), (20, 80), (70, 90)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_levels_are_exact(m, dtype):
+def test_levels_are_exact(m, tens, dtype):
     """All codes with all zero points: x of unit rows gives the levels themselves."""
+    with capability(tens, "int_linear"):
+        check_levels(m, dtype)
+
+
+def check_levels(m: int, dtype: torch.dtype) -> None:
     for bits in (4, 8):
         zeros = torch.arange(2**bits, dtype=torch.uint8)[:: 2 ** (bits - 4)]
         codes = torch.arange(256, dtype=torch.uint8).repeat(len(zeros), 1)
@@ -129,19 +189,24 @@ def test_rows_that_are_not_finite_leave_the_others_alone(dtype):
     for bits, groups in ((8, 1), (4, 2), (8, 16)):
         packed = random_packed(33, 256, bits, groups, seeded(32), unit=2**-10)
         decoded = packed.decoded().float()
-        for m in (2, 12, 30):
-            x = torch.randn(m, 256, generator=seeded(m)).to(dtype)
-            clean = int_linear(x, packed)
-            for poison in (float("nan"), float("inf"), float("-inf")):
-                poisoned = x.clone()
-                poisoned[m // 2, 5] = poison
-                y = int_linear(poisoned, packed)
-                expected = torch.nn.functional.linear(poisoned.float(), decoded)[m // 2].to(dtype)
-                special = ~expected.isfinite()
-                assert_identical(y[m // 2][special], expected[special])
-                assert y[m // 2][~special].isfinite().all()
-                others = torch.arange(m) != m // 2
-                assert_identical(y[others], clean[others])
+        for m, tens in ((2, 80), (12, 80), (30, 80), (70, 90)):
+            with capability(tens, "int_linear"):
+                check_poison(m, packed, decoded, dtype)
+
+
+def check_poison(m: int, packed: Packed, decoded: torch.Tensor, dtype: torch.dtype) -> None:
+    x = torch.randn(m, 256, generator=seeded(m)).to(dtype)
+    clean = int_linear(x, packed)
+    for poison in (float("nan"), float("inf"), float("-inf")):
+        poisoned = x.clone()
+        poisoned[m // 2, 5] = poison
+        y = int_linear(poisoned, packed)
+        expected = torch.nn.functional.linear(poisoned.float(), decoded)[m // 2].to(dtype)
+        special = ~expected.isfinite()
+        assert_identical(y[m // 2][special], expected[special])
+        assert y[m // 2][~special].isfinite().all()
+        others = torch.arange(m) != m // 2
+        assert_identical(y[others], clean[others])
 
 
 def test_zeros_give_the_bias():

@@ -49,7 +49,8 @@ int thread(), lane();  // of the fiber that runs, in its block and warp
 struct Copy {  // of cp.async, not landed yet
     unsigned char* to;
     const unsigned char* from;
-    int bytes;
+    int size;        // of what is written
+    int bytes;       // of them read, the rest 0
     unsigned group;  // commits of the thread before it
 };
 struct Copies {

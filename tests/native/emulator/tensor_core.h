@@ -81,16 +81,21 @@ inline void ldmatrix_x4_trans(uint32_t (&word)[4], const void* row) { emulator::
 inline void ldmatrix_x2(uint32_t (&word)[2], const void* row) { emulator::ldmatrix<2, false>(word, row); }
 inline void ldmatrix_x2_trans(uint32_t (&word)[2], const void* row) { emulator::ldmatrix<2, true>(word, row); }
 
+inline void prefetch_l2(const void*) {}
+
 // The copy happens at the wait. Until then its target holds poison, as what is there on a GPU is undefined.
-inline void cp_async_16(void* to, const void* from, int bytes = 16) {
-    if (reinterpret_cast<uintptr_t>(to) % 16 || (bytes && reinterpret_cast<uintptr_t>(from) % 16))
-        emulator::fail("cp_async_16 with a misaligned address");
-    if (bytes < 0 || bytes > 16) emulator::fail("cp_async_16 of %d bytes", bytes);
-    memset(to, emulator::kPoison, 16);
+template <int Size>
+void cp_async(void* to, const void* from, int bytes) {
+    if (reinterpret_cast<uintptr_t>(to) % Size || (bytes && reinterpret_cast<uintptr_t>(from) % Size))
+        emulator::fail("cp_async_%d with a misaligned address", Size);
+    if (bytes < 0 || bytes > Size) emulator::fail("cp_async_%d of %d bytes", Size, bytes);
+    memset(to, emulator::kPoison, Size);
     emulator::Copies& copies = emulator::copies();
     copies.pending.push_back(
-        {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, copies.commits});
+        {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), Size, bytes, copies.commits});
 }
+inline void cp_async_16(void* to, const void* from, int bytes = 16) { cp_async<16>(to, from, bytes); }
+inline void cp_async_4(void* to, const void* from, int bytes = 4) { cp_async<4>(to, from, bytes); }
 
 inline void cp_async_commit() { ++emulator::copies().commits; }
 
@@ -101,7 +106,7 @@ void cp_async_wait() {
     size_t landed = 0;
     for (; landed < pending.size() && pending[landed].group + Pending < copies.commits; ++landed) {
         const emulator::Copy& copy = pending[landed];
-        memset(copy.to, 0, 16);
+        memset(copy.to, 0, static_cast<size_t>(copy.size));
         if (copy.bytes) memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
     }
     pending.erase(pending.begin(), pending.begin() + static_cast<ptrdiff_t>(landed));

@@ -122,13 +122,13 @@ Training = tuple[Variant, tuple[Variant, ...]]
 
 # The most telling come first, for those who do not wait for all.
 TRAININGS: tuple[Training, ...] = (
-    (FULL, (FULL, *(Variant(AFTER_TRAINING, precision) for precision in (*EXPORTS, PRODUCT)))),
+    (FULL, (FULL, *(Variant(AFTER_TRAINING, precision) for precision in (*EXPORTS, *PRODUCTS)))),
     *((variant, (variant,)) for variant in (Variant(QUANT_NOISE, INT4, 0.5), Variant(QAT, INT4, 1.0))),
     (
         Variant(QUANT_NOISE, PRODUCT, PROXY_RATE),
         tuple(Variant(QUANT_NOISE, precision, PROXY_RATE) for precision in PRODUCTS),
     ),
-    (Variant(QAT, PRODUCT, 1.0), (Variant(QAT, PRODUCT, 1.0),)),
+    (Variant(QAT, PRODUCT, 1.0), tuple(Variant(QAT, precision, 1.0) for precision in PRODUCTS)),
     *((variant, (variant,)) for variant in (Variant(QUANT_NOISE, INT8, 0.5), Variant(QAT, INT8, 1.0))),
 )
 

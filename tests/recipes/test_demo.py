@@ -90,15 +90,14 @@ def settings(tmp_path: Path, text: Path) -> demo.Settings:
 def test_end_to_end(settings: demo.Settings) -> None:
     listener = Silent()
     results = demo.run(settings, listener)
-    assert listener.labels == LABELS and len(LABELS) == 11
+    assert listener.labels == LABELS and len(LABELS) == 13
     assert all(len(losses) == 3 for losses in listener.losses)
     assert results.note == ""
     assert [(row.precision, row.method) for row in results.rows] == [
         ("fp32", "full precision"),
         *(("int8", method) for method in METHODS[1:]),
         *((precision, "after training") for precision in ("int8-dynamic", "int8-static")),
-        *((precision, method) for precision in ("int4", "iPQ") for method in METHODS[1:]),
-        ("iPQ+int8", "Quant-Noise"),
+        *((precision, method) for precision in ("int4", "iPQ", "iPQ+int8") for method in METHODS[1:]),
     ]
     assert json.loads((settings.out / demo.RESULTS).read_text()) == json.loads(json.dumps(results.to_json()))
     assert (settings.out / demo.PICTURE).read_bytes().startswith(b"\x89PNG")
@@ -287,7 +286,7 @@ def test_qat_trains_with_as_many_codewords_as_product_quantization_has() -> None
         (("int8",), ["fp32", "int8", "int8", "int8"], 3),
         (("int8-static", "int8-dynamic"), ["fp32", "int8-dynamic", "int8-static"], 1),
         (("ipq", "fp32"), ["fp32", "iPQ", "iPQ", "iPQ"], 3),
-        (("ipq+int8",), ["fp32", "iPQ+int8"], 2),
+        (("ipq+int8",), ["fp32", "iPQ+int8", "iPQ+int8", "iPQ+int8"], 3),
         (NAMES, [variant.precision for variant in VARIANTS], 7),
     ],
 )

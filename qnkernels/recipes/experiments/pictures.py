@@ -33,16 +33,42 @@ def scatter(summary: Summary, path: Path, x: str, y: str) -> None:
     """Rows as points, one metric against another, each with its name."""
     figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for name, values in summary.rows.items():
-        if x in values and y in values:
-            point, (color, marker) = (values[x].mean, values[y].mean), STYLES[0]
-            axes.errorbar(*point, yerr=values[y].deviation, color=color, marker=marker, capsize=3)
-            axes.annotate(name, point, (6, 4), textcoords="offset points", fontsize=7)
+    points = {
+        name: (values[x].mean, values[y]) for name, values in summary.rows.items() if {x, y} <= set(values)
+    }
+    color, marker = STYLES[0]
+    for place, value in points.values():
+        axes.errorbar(place, value.mean, yerr=value.deviation, color=color, marker=marker, capsize=3)
     _finish(axes, summary.title, "both")
     axes.set_xlabel(summary.metrics[x])
     axes.set_ylabel(summary.metrics[y])
-    axes.margins(x=0.2)
+    axes.margins(x=0.3)
+    _name_points(axes, {name: (place, value.mean) for name, (place, value) in points.items()})
     _save(figure, path)
+
+
+def _name_points(
+    axes, points: dict[str, tuple[float, float]], room: float = 0.033, near: float = 0.3
+) -> None:
+    """Names beside points, `room` of the height apart where points are `near`, in parts of the axes."""
+    axes.autoscale_view()  # else done later, and points would move
+    into_axes = axes.transData + axes.transAxes.inverted()
+    places = {name: into_axes.transform(point) for name, point in points.items()}
+    taken: list[tuple[float, float]] = []
+    for name, (across, up) in sorted(places.items(), key=lambda item: item[1][1]):
+        height = max(
+            [up, *(other + room for other_across, other in taken if abs(other_across - across) < near)]
+        )
+        taken.append((across, height))
+        axes.annotate(
+            name,
+            (across, up),
+            (across + 0.015, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            fontsize=7,
+            va="center",
+        )
 
 
 def curves(

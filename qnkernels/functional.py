@@ -19,6 +19,7 @@ __all__ = [
     "minmax",
     "moving_fake_quantize",
     "moving_fake_quantize_",
+    "moving_low_precision_linear",
     "noisy_linear",
     "pq_decode",
     "pq_embedding",
@@ -284,6 +285,32 @@ def low_precision_linear(
         width, drawn = _bits(grad_bits, x.device), _seed(seed, x.device)
     quantized = quantized_x, quantized_weight, outside
     return ops.low_precision.low_precision_linear(x, weight, bias, *quantized, width, drawn)
+
+
+def moving_low_precision_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    step: torch.Tensor,
+    bits: int | torch.Tensor = 8,
+    momentum: float = 0.1,
+    moves: bool = True,
+    per_channel: bool = True,
+    grad_bits: int | torch.Tensor | None = 8,
+    seed: int | torch.Tensor = 0,
+) -> torch.Tensor:
+    """low_precision_linear of x, weight and bias, all in one dtype, over what low_precision_operands_ gives.
+
+    Where nothing looks at ops it is one call, with the same bits as the two.
+    """
+    if grad_bits is None:
+        seed = None
+    else:
+        grad_bits, seed = _bits(grad_bits, x.device), _seed(seed, x.device)
+    quantizer = low, high, step, _bits(bits, x.device), momentum, moves, per_channel
+    return ops.low_precision.moving_low_precision_linear(x, weight, bias, *quantizer, grad_bits, seed)
 
 
 def block_noise(

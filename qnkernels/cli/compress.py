@@ -56,8 +56,8 @@ def compress(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Quantize the Linear, Embedding and Conv2d layers of a saved model after training: all to 2 to 8 bits, or
-    with --budget each to what costs the least quality within the size.
+    """Quantize the Linear, Embedding and Conv2d layers of a saved model after training: all to so many bits,
+    or with --budget each to what costs the least quality within the size.
 
     Writes one file for qnkernels.load_compressed and prints what became of each layer. Nothing is
     unpickled.

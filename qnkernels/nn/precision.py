@@ -51,11 +51,10 @@ class MovingInput(ActivationNoise):
         bits = self.bits.clone()
         return functional.fake_quantize(x, *functional.quantization_parameters(low, high, bits), bits)
 
-    def operands(self, x: torch.Tensor, weight: torch.Tensor, per_channel: bool) -> tuple[torch.Tensor, ...]:
-        """What `forward` gives, without a gradient, where x lies outside its range, and the quantized weight."""
-        state = self.low, self.high, self.step, self.bits
-        moves = self._moves()
-        return functional.low_precision_operands_(x, weight, *state, self.momentum, moves, per_channel)
+    def linear(self, x, weight, bias, per_channel, grad_bits, seed) -> torch.Tensor:
+        """`forward`, and the layer over it: arguments of functional.moving_low_precision_linear."""
+        state = self.low, self.high, self.step, self.bits, self.momentum, self._moves()
+        return functional.moving_low_precision_linear(x, weight, bias, *state, per_channel, grad_bits, seed)
 
     def _moves(self) -> bool:
         return self.training and not in_recomputation()
@@ -113,17 +112,15 @@ class TrainingPrecision(nn.Module):
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """F.linear(input(x), forward(weight), bias) in the dtype of x; its gradient is quantized."""
-        moving = self.moving
-        if moving is not None and x.numel():
-            quantized_x, outside, quantized = moving.operands(x, weight, self.per == "channel")
-        else:
-            quantized_x, outside = x.detach(), None
-            if self.input_range == "sample":
-                quantized_x = functional.dynamic_fake_quantize(quantized_x, self.bits, per_sample=True)
-            quantized = self(weight.detach(), x.dtype)
         grad_bits, seed = (self.gradient_bits, draw_seed(x.device)) if self._draws() else (None, 0)
-        rest = quantized_x, quantized, outside, grad_bits, seed
-        return functional.low_precision_linear(x, weight, bias, *rest)
+        moving, per_channel = self.moving, self.per == "channel"
+        if moving is not None and x.numel():
+            return moving.linear(x, weight, bias, per_channel, grad_bits, seed)
+        quantized_x = x.detach()
+        if self.input_range == "sample":
+            quantized_x = functional.dynamic_fake_quantize(quantized_x, self.bits, per_sample=True)
+        operands = quantized_x, self(weight.detach(), x.dtype), None
+        return functional.low_precision_linear(x, weight, bias, *operands, grad_bits, seed)
 
     def output(self, y: torch.Tensor) -> torch.Tensor:
         """The output of the layer, whose gradient is quantized."""

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from ..backends import select
 from ..reference.low_precision import unpack
 from . import checks
+from .direct import watched
 from .dynamic import dynamic_fake_quantize
 from .library import op
 
@@ -62,7 +63,7 @@ def stop_gradient_(grad, outside):
         select("stop_gradient_", checks.device_type(grad))(grad, outside)
 
 
-class _LowPrecisionLinear(torch.autograd.Function):
+class _OfOperands(torch.autograd.Function):
     """F.linear of quantized x and weight; its gradient is quantized before anything is computed from it."""
 
     @staticmethod
@@ -72,30 +73,56 @@ class _LowPrecisionLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, outside, grad_bits, seed = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad_x = grad_weight = grad_bias = None
+        quantized_x, weight, outside, grad_bits, seed = ctx.saved_tensors
+        direct = not (torch.is_grad_enabled() or watched(grad)) and grad.numel() != 0
         if grad_bits is not None:
-            grad = dynamic_fake_quantize(grad, grad_bits, seed, True, True, None)
+            quantize = _kernel("dynamic_fake_quantize", grad) if direct else dynamic_fake_quantize
+            grad = quantize(grad.contiguous(), grad_bits, seed, True, True, None)
+        needs_x, needs_weight, needs_bias, *rest = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias = None
         if needs_x:
-            grad_x = grad @ weight
+            grad_x = rows @ weight
             if outside is not None:
-                grad_x = _stopped(grad_x, outside)
-        if needs_weight or needs_bias:
-            rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
-            if needs_weight:
-                grad_weight = rows.t() @ (x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
-            if needs_bias:
-                grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+                if torch.is_grad_enabled():  # a second derivative is wanted: nothing may be overwritten
+                    grad_x = grad_x.masked_fill(unpack(outside, grad_x.shape), 0.0)
+                else:
+                    (_kernel("stop_gradient_", grad) if direct else stop_gradient_)(grad_x, outside)
+            grad_x = grad_x.view(*grad.shape[:-1], weight.shape[1])
+        if needs_weight:
+            grad_weight = rows.t() @ quantized_x.reshape(-1, weight.shape[1])
+        if needs_bias:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias, *[None] * len(rest)
 
 
-def _stopped(grad, outside):
-    if torch.is_grad_enabled():  # a second derivative is wanted: nothing may be overwritten
-        return grad.masked_fill(unpack(outside, grad.shape), 0.0)
-    grad = grad.contiguous()
-    stop_gradient_(grad, outside)
-    return grad
+class _Direct(_OfOperands):
+    """The same from x and weight as they are, where nobody looks at ops: one call for all of a layer."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, low, high, step, bits, momentum, moves, per_channel, grad_bits, seed):
+        quantized_x, outside, quantized_weight = low_precision_operands_.__wrapped__(
+            x, weight, low, high, step, bits, momentum, moves, per_channel
+        )
+        ctx.save_for_backward(quantized_x, quantized_weight, outside, grad_bits, seed)
+        rows = quantized_x.view(-1, x.shape[-1])
+        return checks.like_rows(F.linear(rows, quantized_weight, bias), x)
 
 
-low_precision_linear = _LowPrecisionLinear.apply
+def _kernel(name, tensor):
+    return select(name, checks.device_type(tensor))
+
+
+low_precision_linear = _OfOperands.apply
+
+
+def moving_low_precision_linear(
+    x, weight, bias, low, high, step, bits, momentum, moves, per_channel, grad_bits, seed
+):
+    """low_precision_linear of the operands that low_precision_operands_ gives."""
+    quantizer = low, high, step, bits, momentum, moves, per_channel
+    if watched(x, weight):
+        operands = low_precision_operands_(x.detach(), weight.detach(), *quantizer)
+        quantized_x, outside, quantized_weight = operands
+        return low_precision_linear(x, weight, bias, quantized_x, quantized_weight, outside, grad_bits, seed)
+    return _Direct.apply(x, weight, bias, *quantizer, grad_bits, seed)

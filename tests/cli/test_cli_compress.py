@@ -212,16 +212,10 @@ def test_a_budget_is_shared_out(
     loaded = qnk.load_compressed(Model(), summary["file"]).eval()
     assert torch.equal(loaded(tokens), qnk.quantize_(model, allocation).eval()(tokens))
     assert compress(checkpoint, f"--sensitivity={path}", f"--budget={budget / 1e6}MB") == summary
+    arguments = (checkpoint, f"--model={FACTORY}", f"--sensitivity={path}")
     for bad in ("1.5", "x", "MB", "1 GB"):
-        fails(
-            "budget: expected bytes",
-            checkpoint,
-            f"--model={FACTORY}",
-            f"--sensitivity={path}",
-            f"--budget={bad}",
-        )
-    small = (checkpoint, f"--model={FACTORY}", f"--sensitivity={path}", "--budget=10")
-    fails(f"at least {smallest}, the smallest possible size", *small)
+        fails("budget: expected bytes", *arguments, f"--budget={bad}")
+    fails(f"at least {smallest}, the smallest possible size", *arguments, "--budget=10")
 
 
 def test_a_compressed_file_is_not_compressed_again(checkpoint: Path) -> None:

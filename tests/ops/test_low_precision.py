@@ -161,7 +161,7 @@ def test_bad_input():
         call(x, weight, *ok, momentum=0.0)
     with pytest.raises(ValueError, match=r"low: expected shape \(\)"):
         call(x, weight, torch.zeros(3), *ok[1:])
-    with pytest.raises(TypeError, match="high: expected torch.float32"):
+    with pytest.raises(TypeError, match=r"high: expected torch\.float32"):
         call(x, weight, ok[0], ok[1].double(), ok[2])
     with pytest.raises(ValueError, match="step: expected a 0-d int64 tensor"):
         call(x, weight, *ok[:2], torch.zeros(1))

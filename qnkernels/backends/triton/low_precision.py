@@ -17,7 +17,7 @@ from .range import update_range_
 def nearest_and_outside_kernel(
     x_ptr, y_ptr, outside_ptr, n, scale_ptr, zero_point_ptr, bits_ptr, BLOCK: tl.constexpr
 ):
-    """y_i = (code(x_i / s + z) - z) * s; bit i % 8 of outside[i // 8]: x_i is not in [-z s, (2^bits - 1 - z) s].
+    """y_i = (code(x_i / s + z) - z) * s; bit i % 8 of outside[i // 8]: x_i not in [-z s, (2^bits - 1 - z) s].
 
     x, y [n]. Floor: bytes of x + bytes of y + 1/8 per element.
     """

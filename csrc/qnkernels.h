@@ -81,6 +81,18 @@ QNK_API int qnk_cpu_moving_fake_quantize(const void* x, int x_dtype, void* y, in
                                          int64_t channels, int64_t inner, const int64_t* bits, float momentum,
                                          float* low, float* high, int64_t* step, float* scale, float* zero_point);
 
+// Weight and input of a layer in low precision. x_out [n] <- x at the levels of the quantizer over (*low, *high), which
+// are moved by momentum towards the range of x first, and *step counts on, where `moves`; where *step is 0 the range is
+// that of x. outside [(n + 7) / 8] <- which x lie outside the levels, bit i % 8 of byte i / 8. weight_out <- each row of
+// weight [rows, columns] at the levels over its own range. Both results have the dtype of x.
+QNK_API int qnk_cpu_low_precision_operands(const void* x, int dtype, int64_t n, const void* weight, int weight_dtype,
+                                           int64_t rows, int64_t columns, const int64_t* bits, float momentum,
+                                           int moves, float* low, float* high, int64_t* step, void* x_out,
+                                           uint8_t* outside, void* weight_out);
+
+// grad [n] <- 0 where the bit of `outside` is set.
+QNK_API int qnk_cpu_stop_gradient(void* grad, int dtype, int64_t n, const uint8_t* outside);
+
 // out [n_blocks, block_size] <- proxy noise on weight; kept blocks are multiplied by factor (QNK_ZERO).
 QNK_API int qnk_cpu_block_noise(const void* weight, int weight_dtype, void* out, int out_dtype,
                                 int64_t n_blocks, int64_t block_size, int kind, float factor,

@@ -15,9 +15,11 @@ __all__ = [
     "kmeans_assign",
     "kmeans_update",
     "low_precision_linear",
+    "low_precision_operands_",
     "minmax",
     "moving_fake_quantize",
     "moving_fake_quantize_",
+    "moving_low_precision_linear",
     "noisy_linear",
     "pq_decode",
     "pq_embedding",
@@ -234,29 +236,81 @@ def quantize_gradient(
     return ops.dynamic.quantize_gradient(x, _bits(bits, x.device), _seed(seed, x.device))
 
 
+def low_precision_operands_(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    step: torch.Tensor,
+    bits: int | torch.Tensor = 8,
+    momentum: float = 0.1,
+    moves: bool = True,
+    per_channel: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first three arguments of low_precision_linear's forward: quantized x, `outside`, quantized weight.
+
+    x as by `moving_fake_quantize`; unless `moves`, over the range as it stands (that of x where step is 0),
+    and nothing is changed. weight [out, in] as by `dynamic_fake_quantize`, with per_sample=per_channel, in
+    the dtype of x. outside: which elements of x lie outside the levels, a bit for each, uint8 [(n + 7) // 8].
+    Neither has a gradient. Raises ValueError (shapes, bits, momentum, device) and TypeError (dtypes).
+    """
+    state = low, high, step, _bits(bits, x.device)
+    return ops.low_precision.low_precision_operands_(
+        x.detach(), weight.detach(), *state, momentum, moves, per_channel
+    )
+
+
 def low_precision_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     quantized_x: torch.Tensor,
     quantized_weight: torch.Tensor,
-    quantizer: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    outside: torch.Tensor | None = None,
     grad_bits: int | torch.Tensor | None = 8,
     seed: int | torch.Tensor = 0,
 ) -> torch.Tensor:
     """F.linear(quantized_x, quantized_weight, bias) with straight-through gradients to x and weight.
 
     x [..., in]; the quantized x, weight [out, in] and bias [out] have one dtype, which the result has.
-    quantizer: scale, zero point and bits (tensors) that x was quantized with, whose gradient is stopped
-    outside their range. grad_bits: the gradient of the result is quantized as by `quantize_gradient`, first
-    of all; None leaves it as it is. Raises ValueError (bits) and TypeError (dtypes).
+    outside: the elements of x that get no gradient, as from `low_precision_operands_`. grad_bits: the
+    gradient of the result is quantized as by `quantize_gradient`, first of all; None leaves it as it is, and
+    no seed is needed. Raises ValueError (bits) and TypeError (dtypes).
     """
     if not x.dtype == quantized_x.dtype == quantized_weight.dtype:
         expected = f"that of quantized_weight, {quantized_weight.dtype}"
         raise TypeError(f"x and quantized_x: expected {expected}, got {x.dtype} and {quantized_x.dtype}")
-    width = None if grad_bits is None else _bits(grad_bits, x.device)
-    quantized = quantized_x, quantized_weight, quantizer
-    return ops.dynamic.low_precision_linear(x, weight, bias, *quantized, width, _seed(seed, x.device))
+    width, drawn = None, None
+    if grad_bits is not None:
+        width, drawn = _bits(grad_bits, x.device), _seed(seed, x.device)
+    quantized = quantized_x, quantized_weight, outside
+    return ops.low_precision.low_precision_linear(x, weight, bias, *quantized, width, drawn)
+
+
+def moving_low_precision_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    step: torch.Tensor,
+    bits: int | torch.Tensor = 8,
+    momentum: float = 0.1,
+    moves: bool = True,
+    per_channel: bool = True,
+    grad_bits: int | torch.Tensor | None = 8,
+    seed: int | torch.Tensor = 0,
+) -> torch.Tensor:
+    """low_precision_linear of x, weight and bias, all in one dtype, over what low_precision_operands_ gives.
+
+    Where nothing looks at ops it is one call, with the same bits as the two.
+    """
+    if grad_bits is None:
+        seed = None
+    else:
+        grad_bits, seed = _bits(grad_bits, x.device), _seed(seed, x.device)
+    quantizer = low, high, step, _bits(bits, x.device), momentum, moves, per_channel
+    return ops.low_precision.moving_low_precision_linear(x, weight, bias, *quantizer, grad_bits, seed)
 
 
 def block_noise(

@@ -97,6 +97,18 @@ int qnk_cpu_moving_fake_quantize(const void* x, int x_dtype, void* y, int y_dtyp
                                         scale, zero_point);
 }
 
+int qnk_cpu_low_precision_operands(const void* x, int dtype, int64_t n, const void* weight, int weight_dtype,
+                                   int64_t rows, int64_t columns, const int64_t* bits, float momentum, int moves,
+                                   float* low, float* high, int64_t* step, void* x_out, uint8_t* outside,
+                                   void* weight_out) {
+    return table().low_precision_operands(x, dtype, n, weight, weight_dtype, rows, columns, bits, momentum, moves, low,
+                                          high, step, x_out, outside, weight_out);
+}
+
+int qnk_cpu_stop_gradient(void* grad, int dtype, int64_t n, const uint8_t* outside) {
+    return table().stop_gradient(grad, dtype, n, outside);
+}
+
 int qnk_cpu_block_noise(const void* weight, int weight_dtype, void* out, int out_dtype, int64_t n_blocks,
                         int64_t block_size, int kind, float factor, int32_t threshold, const int64_t* seed) {
     return table().block_noise(weight, weight_dtype, out, out_dtype, n_blocks, block_size, kind, factor,

@@ -28,6 +28,12 @@ class Divider {
         return fma(fma(estimate, minus_scale_, x), reciprocal_, estimate);
     }
 
+    // The same of values that are no more than 2^20 times the scale.
+    Vec fast_inside(Vec x) const {
+        const Vec estimate = x * reciprocal_;
+        return fma(fma(estimate, minus_scale_, x), reciprocal_, estimate);
+    }
+
   private:
     Vec scale_, minus_scale_, reciprocal_;
     Vec bound_ = splat(0x1p20f), minus_bound_ = splat(-0x1p20f);

@@ -11,6 +11,8 @@
     X(fake_quantize_backward)                                                                          \
     X(dynamic_fake_quantize)                                                                           \
     X(moving_fake_quantize)                                                                            \
+    X(low_precision_operands)                                                                          \
+    X(stop_gradient)                                                                                   \
     X(block_noise)                                                                                     \
     X(block_noise_centroid)                                                                            \
     X(int_linear)                                                                                      \

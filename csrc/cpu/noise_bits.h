@@ -167,17 +167,20 @@ class Noise {
     int64_t group_ = -1;
 };
 
+constexpr int64_t kDrawn = kWords * kWord;  // elements whose draws are made at once
+
 // The draws themselves in turn: those last made are kept.
 class Draws {
   public:
     explicit Draws(int64_t seed) : words_(seed, 0) {}
 
-    const uint16_t* word(int64_t block) {
-        if (block / kWords != group_) {
-            group_ = block / kWords;
+    // Of element i and those after it up to the next multiple of kDrawn.
+    const uint16_t* from(int64_t i) {
+        if (i / kDrawn != group_) {
+            group_ = i / kDrawn;
             words_.values(group_ * kWords, values_);
         }
-        return values_ + block % kWords * kWord;
+        return values_ + i % kDrawn;
     }
 
   private:

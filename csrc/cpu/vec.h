@@ -248,5 +248,17 @@ inline Vec round_even(Vec v) {
     return (v + magic) - magic;
 }
 
+// Integer at or below |v| < 2^22; NaN stays NaN.
+inline Vec floor(Vec v) {
+#if defined(__AVX512F__)
+    return {_mm512_roundscale_ps(v.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+#elif defined(__AVX2__)
+    return {_mm256_floor_ps(v.v)};
+#else
+    const Vec nearest = round_even(v);
+    return nearest - select(less(v, nearest), splat(1.0f), splat(0.0f));
+#endif
+}
+
 }  // namespace QNK_ISA
 }  // namespace qnk

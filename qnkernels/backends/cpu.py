@@ -35,15 +35,16 @@ def load() -> dict[str, Callable]:
     library = open_library("cpu")
     library.qnk_cpu_isa.restype = ctypes.c_char_p
     kernels = CpuKernels(declare(library, "cpu", CPU_ARGTYPES), library.qnk_cpu_isa().decode())
-    # of block_noise, of int_linear_backward, and one that is named otherwise
-    parts = ("block_noise_centroid", "int_decode", "moving_fake_quantize")
+    in_place = ("moving_fake_quantize", "low_precision_operands", "stop_gradient")
+    # of block_noise, of int_linear_backward, and those that are named otherwise
+    parts = ("block_noise_centroid", "int_decode", *in_place)
     names = [name for name in CPU_ARGTYPES if name not in parts]
     names += [
         "pq_decode",
         "pq_decode_backward",
         "pq_embedding_backward",
         "update_range_",
-        "moving_fake_quantize_",
+        *(f"{name}_" for name in in_place),
     ]
     return {name: getattr(kernels, name) for name in names}
 
@@ -61,6 +62,7 @@ class CpuKernels:
         self._isa = isa
         self._int_linear = functions["int_linear"]
         self._int_linear_quantized = functions["int_linear_quantized"]
+        self._low_precision_operands = functions["low_precision_operands"]
         self.pq_decode_backward = reference_pq.pq_decode_backward
         self.pq_embedding_backward = reference_pq.pq_embedding_backward
         self.update_range_ = functools.partial(
@@ -159,6 +161,39 @@ class CpuKernels:
         )
         raise_for_status(status)
         return y, scale, zero_point
+
+    def low_precision_operands_(self, x, weight, low, high, step, bits, momentum, moves, per_channel):
+        y, n = torch.empty_like(x), x.numel()
+        outside = torch.empty((n + 7) // 8, dtype=torch.uint8)
+        weight_y = torch.empty_like(weight, dtype=x.dtype)
+        rows = len(weight) if per_channel else 1
+        status = self._low_precision_operands(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            n,
+            weight.data_ptr(),
+            DTYPES[weight.dtype],
+            rows,
+            weight.numel() // rows,
+            bits.data_ptr(),
+            momentum,
+            moves,
+            low.data_ptr(),
+            high.data_ptr(),
+            step.data_ptr(),
+            y.data_ptr(),
+            outside.data_ptr(),
+            weight_y.data_ptr(),
+        )
+        if status:
+            raise_for_status(status)
+        return y, outside, weight_y
+
+    def stop_gradient_(self, grad, outside):
+        status = self._c["stop_gradient"](
+            grad.data_ptr(), DTYPES[grad.dtype], grad.numel(), outside.data_ptr()
+        )
+        raise_for_status(status)
 
     def block_noise(self, weight, block_size, p, seed, kind, rescale, dtype=None, codebook=None):
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype)

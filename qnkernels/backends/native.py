@@ -42,6 +42,11 @@ CPU_ARGTYPES = {
         *(POINTER, INT, POINTER, INT, SIZE, SIZE, SIZE, POINTER, FLOAT),
         *[POINTER] * 5,
     ],
+    "low_precision_operands": [
+        *(POINTER, INT, SIZE, POINTER, INT, SIZE, SIZE, POINTER, FLOAT, INT),
+        *[POINTER] * 6,
+    ],
+    "stop_gradient": [POINTER, INT, SIZE, POINTER],
     "block_noise": [POINTER, INT, POINTER, INT, SIZE, SIZE, INT, FLOAT, ctypes.c_int32, POINTER],
     "block_noise_centroid": [
         *(POINTER, INT, POINTER, INT, SIZE, SIZE),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ..reference import block_noise, dynamic, fake_quantize, int_linear, kmeans, pq, range
+from ..reference import block_noise, dynamic, fake_quantize, int_linear, kmeans, low_precision, pq, range
 
 
 def load() -> dict[str, Callable]:
@@ -16,6 +16,8 @@ def load() -> dict[str, Callable]:
         block_noise.block_noise,
         dynamic.dynamic_fake_quantize,
         dynamic.moving_fake_quantize_,
+        low_precision.low_precision_operands_,
+        low_precision.stop_gradient_,
         int_linear.int_linear,
         int_linear.int_linear_quantized,
         int_linear.int_linear_backward,

@@ -4,50 +4,34 @@ import importlib
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import safetensors
-import torch
 import typer
-from rich import box
-from rich.table import Table
 from safetensors.torch import load_model
 from torch import nn
 
+from ..allocation import BitAllocation, allocate_bits
 from ..checkpoint import load_compressed, save_compressed
 from ..container import FORMAT
-from ..nn.packed import PackedLayer
-from ..ptq import Int4WeightOnlyConfig, Int8DynamicConfig, Int8WeightOnlyConfig, IntWeightOnlyConfig
-from ..quantize import quantize_
-from .console import clear_errors, megabytes, out, print_json
+from ..ptq import Int8DynamicConfig, IntWeightOnlyConfig
+from ..sensitivity import Sensitivity
+from .compressed import compress_model, table
+from .console import clear_errors, out, print_json
 
-CONFIGS = {
-    (8, "float"): Int8WeightOnlyConfig,
-    (4, "float"): Int4WeightOnlyConfig,
-    (8, "dynamic"): Int8DynamicConfig,
-}
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """A compressed layer. before, after: bytes; error: |decoded - weight| / |weight| (Frobenius)."""
-
-    name: str
-    shape: list[int]
-    bits: int
-    before: int
-    after: int
-    error: float
+# options of one quantizer for all layers, which a budget chooses for each
+UNIFORM = ("bits", "activations", "per", "group_size", "observer", "symmetric", "skip")
 
 
 def compress(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="Weights, .safetensors.")],
     model: Annotated[str, typer.Option(help="module:function that builds the model, unquantized.")],
-    bits: Annotated[int, typer.Option(help="8 or 4.")] = 8,
+    bits: Annotated[int, typer.Option(help="Of a code, 2 to 8.")] = 8,
     activations: Annotated[
-        str, typer.Option(help="float, or dynamic: 8 bits, too, over the range of each token.")
+        str, typer.Option(help="float, or with 8 bits dynamic: 8 bits, too, over the range of each token.")
     ] = "float",
     per: Annotated[str, typer.Option(help="One scale per channel or tensor.")] = "channel",
     group_size: Annotated[int | None, typer.Option(help="One scale per so many weights of a row.")] = None,
@@ -58,21 +42,32 @@ def compress(
     skip: Annotated[
         list[str] | None, typer.Option(help="Leave layers whose name matches; regular expression.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Bytes, or 1.5MB, less the header: layers get choices of --sensitivity."),
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option("--sensitivity", help="What qnkernels sensitivity --json printed for this model."),
+    ] = None,
     target: Annotated[
-        Path | None, typer.Option("--out", help="Default: CHECKPOINT with -int8, -int4 or -int8-dynamic.")
+        Path | None,
+        typer.Option("--out", help="Default: CHECKPOINT with -int8, -int8-dynamic, -mixed or the like."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Quantize the Linear, Embedding and Conv2d layers of a saved model to int8 or int4, after training.
+    """Quantize the Linear, Embedding and Conv2d layers of a saved model after training: all to so many bits,
+    or with --budget each to what costs the least quality within the size.
 
     Writes one file for qnkernels.load_compressed and prints what became of each layer. Nothing is
     unpickled.
     """
     with clear_errors(ValueError, TypeError, OSError):
-        choose = config_class(bits, activations)
-        config = choose(group_size=group_size, symmetric=symmetric, observer=observer, per=per)
+        if budget is None and measured is None:
+            config, kind = uniform(bits, activations, group_size, symmetric, observer, per)
+        else:
+            config, kind = allocation(context, budget, measured), "mixed"
         plain = load_weights(build(model), checkpoint)
-        kind = f"int{bits}" + ("" if activations == "float" else f"-{activations}")
         target = target or checkpoint.with_name(f"{checkpoint.stem}-{kind}.safetensors")
         if target.resolve() == checkpoint.resolve():
             raise ValueError(f"out: expected another file than the checkpoint, got {target}")
@@ -90,13 +85,38 @@ def compress(
         out.print(table(report, summary))
 
 
-def config_class(bits: int, activations: str) -> type[IntWeightOnlyConfig]:
-    if bits not in (8, 4):
-        raise ValueError(f"bits: expected one of [4, 8], got {bits}")
-    known = [name for width, name in CONFIGS if width == bits]
+def uniform(
+    bits: int, activations: str, group_size: int | None, symmetric: bool, observer: str, per: str
+) -> tuple[IntWeightOnlyConfig, str]:
+    """The config of all layers, and its name."""
+    known = ["float", "dynamic"] if bits == 8 else ["float"]
     if activations not in known:
         raise ValueError(f"activations: expected one of {known} with {bits} bits, got {activations!r}")
-    return CONFIGS[bits, activations]
+    options = dict(group_size=group_size, symmetric=symmetric, observer=observer, per=per)
+    if activations == "dynamic":
+        return Int8DynamicConfig(**options), "int8-dynamic"
+    return IntWeightOnlyConfig(bits, **options), f"int{bits}"
+
+
+def allocation(context: typer.Context, budget: str | None, measured: Path | None) -> BitAllocation:
+    """What each layer becomes, of the choices that were measured."""
+    for name, value in (("budget", budget), ("sensitivity", measured)):
+        if value is None:
+            raise ValueError(f"{name}: expected one, since budget and sensitivity go together")
+    for name in UNIFORM:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise ValueError(f"{name}: expected none with a budget, which chooses among what was measured")
+    return allocate_bits(Sensitivity.load(measured), number_of_bytes(budget))
+
+
+def number_of_bytes(text: str) -> int:
+    """1500000, 1.5MB or 1.5 MB."""
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?) ?MB", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"budget: expected bytes, 1500000, or megabytes, 1.5MB, got {text!r}")
+    size, megabytes = match.groups()
+    return int(size) if size else round(1e6 * float(megabytes))
 
 
 def build(factory: str) -> nn.Module:
@@ -144,42 +164,3 @@ def patterns(skip: list[str]) -> list[re.Pattern]:
         return [re.compile(pattern) for pattern in skip]
     except re.error as error:
         raise ValueError(f"skip: expected a regular expression, got {error.pattern!r} ({error})") from error
-
-
-@torch.no_grad()
-def compress_model(
-    model: nn.Module, config: IntWeightOnlyConfig, skip: list[re.Pattern]
-) -> list[LayerReport]:
-    """Quantize in place; the report has one entry per weight, under its first name if layers share it."""
-    weights = {
-        name: layer.weight.detach() for name, layer in model.named_modules() if type(layer) in config.CONVERTS
-    }
-    quantize_(model, config, lambda _, name: not any(pattern.search(name) for pattern in skip))
-    report, seen = [], set()
-    for name, layer in model.named_modules():
-        if isinstance(layer, PackedLayer) and id(layer.weight_packed) not in seen:
-            seen.add(id(layer.weight_packed))
-            report.append(_describe(name, layer, weights[name]))
-    return report
-
-
-def _describe(name: str, layer: PackedLayer, weight: torch.Tensor) -> LayerReport:
-    error = (layer.weight.double() - weight.double()).norm() / weight.double().norm().clamp(min=1e-300)
-    stored = (layer.weight_packed, layer.scale, layer.zero_point)
-    after = sum(tensor.nbytes for tensor in stored if tensor is not None)
-    return LayerReport(name, list(weight.shape), layer.bits, weight.nbytes, after, error.item())
-
-
-def table(report: list[LayerReport], summary: dict) -> Table:
-    text = Table(title=summary["file"], box=box.SIMPLE_HEAD, show_footer=True, title_justify="left")
-    text.add_column("layer", "whole file")
-    text.add_column("shape")
-    text.add_column("bits", justify="right")
-    text.add_column("MB before", megabytes(summary["bytes_before"]), justify="right")
-    text.add_column("MB after", megabytes(summary["bytes"]), justify="right")
-    text.add_column("relative error", justify="right")
-    for layer in report:
-        shape = " x ".join(map(str, layer.shape))
-        sizes = megabytes(layer.before), megabytes(layer.after)
-        text.add_row(layer.name, shape, str(layer.bits), *sizes, f"{layer.error:.4f}")
-    return text

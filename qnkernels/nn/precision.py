@@ -47,25 +47,17 @@ class MovingInput(ActivationNoise):
         if self._moves():
             state = self.low, self.high, self.step
             return functional.moving_fake_quantize(x, *state, self.bits, self.momentum)
-        return self._over_stored_range(x)[0]
+        low, high = (self.low, self.high) if self.training else self.stored_range(x.detach())
+        bits = self.bits.clone()
+        return functional.fake_quantize(x, *functional.quantization_parameters(low, high, bits), bits)
 
-    def quantized(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """What `forward` gives, without a gradient, and the scale, zero point and bits of it."""
-        x = x.detach()
-        if self._moves():
-            state = self.low, self.high, self.step
-            y, *quantizer = functional.moving_fake_quantize_(x, *state, self.bits, self.momentum)
-            return y, (*quantizer, self.bits)
-        return self._over_stored_range(x)
+    def linear(self, x, weight, bias, per_channel, grad_bits, seed) -> torch.Tensor:
+        """`forward`, and the layer over it: arguments of functional.moving_low_precision_linear."""
+        state = self.low, self.high, self.step, self.bits, self.momentum, self._moves()
+        return functional.moving_low_precision_linear(x, weight, bias, *state, per_channel, grad_bits, seed)
 
     def _moves(self) -> bool:
         return self.training and not in_recomputation()
-
-    def _over_stored_range(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        low, high = (self.low, self.high) if self.training else self.stored_range(x.detach())
-        bits = self.bits.clone()
-        quantizer = *functional.quantization_parameters(low, high, bits), bits
-        return functional.fake_quantize(x, *quantizer), quantizer
 
 
 class TrainingPrecision(nn.Module):
@@ -120,15 +112,15 @@ class TrainingPrecision(nn.Module):
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """F.linear(input(x), forward(weight), bias) in the dtype of x; its gradient is quantized."""
-        quantizer, quantized_x = None, x.detach()
-        if self.moving is not None and x.numel():
-            quantized_x, quantizer = self.moving.quantized(x)
-        elif self.input_range == "sample":
+        grad_bits, seed = (self.gradient_bits, draw_seed(x.device)) if self._draws() else (None, 0)
+        moving, per_channel = self.moving, self.per == "channel"
+        if moving is not None and x.numel():
+            return moving.linear(x, weight, bias, per_channel, grad_bits, seed)
+        quantized_x = x.detach()
+        if self.input_range == "sample":
             quantized_x = functional.dynamic_fake_quantize(quantized_x, self.bits, per_sample=True)
-        quantized = quantized_x, self(weight.detach(), x.dtype)
-        seed = draw_seed(x.device) if self._draws() else 0
-        rest = quantizer, self.gradient_bits, seed
-        return functional.low_precision_linear(x, weight, bias, *quantized, *rest)
+        operands = quantized_x, self(weight.detach(), x.dtype), None
+        return functional.low_precision_linear(x, weight, bias, *operands, grad_bits, seed)
 
     def output(self, y: torch.Tensor) -> torch.Tensor:
         """The output of the layer, whose gradient is quantized."""

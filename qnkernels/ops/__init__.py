@@ -1,6 +1,17 @@
 """The ops, torch.ops.qnkernels.*: schema, argument checks, fake kernel, autograd, dispatch."""
 
-from . import block_noise, dynamic, fake_quantize, int_linear, kmeans, noisy_linear, pq, range, rounding
+from . import (
+    block_noise,
+    dynamic,
+    fake_quantize,
+    int_linear,
+    kmeans,
+    low_precision,
+    noisy_linear,
+    pq,
+    range,
+    rounding,
+)
 
 OPS = (
     "minmax",
@@ -12,6 +23,8 @@ OPS = (
     "block_noise",
     "dynamic_fake_quantize",
     "moving_fake_quantize_",
+    "low_precision_operands_",
+    "stop_gradient_",
     "int_linear",
     "int_linear_quantized",
     "int_linear_backward",
@@ -34,6 +47,7 @@ __all__ = [
     "fake_quantize",
     "int_linear",
     "kmeans",
+    "low_precision",
     "noisy_linear",
     "pq",
     "range",

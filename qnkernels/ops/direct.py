@@ -47,6 +47,31 @@ def _watchers() -> tuple[Callable[[], object], ...] | None:
 WATCHERS = _watchers()
 
 
+def watched(*tensors: torch.Tensor) -> bool:
+    """Whether anybody looks at ops, or one of the tensors is not a plain one on a CPU or a GPU."""
+    if is_compiling() or WATCHERS is None:
+        return True
+    function_modes, dispatch_modes, transforms, tracing, is_wrapped = WATCHERS
+    if (
+        function_modes()
+        or dispatch_modes()
+        or transforms()
+        or tracing() is not None
+        or profiler._is_profiler_enabled
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    for tensor in tensors:
+        if (
+            type(tensor) not in TENSORS
+            or not (tensor.is_cpu or tensor.is_cuda)
+            or tensor.is_neg()
+            or is_wrapped(tensor)
+        ):
+            return True
+    return False
+
+
 def direct(dispatched: Callable, function: Callable) -> Callable:
     """A callable, taking all arguments of the schema in order, that gives what `dispatched` (an op of
     torch.ops) gives, and calls its implementation `function` itself where nothing else needs to know.

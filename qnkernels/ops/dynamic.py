@@ -1,11 +1,10 @@
 """Fake quantization over the range of the data itself, or a moving average of it; of gradients, too."""
 
 import torch
-import torch.nn.functional as F
 
 from ..backends import select
 from . import checks
-from .fake_quantize import fake_quantize_backward, fake_quantize_backward_
+from .fake_quantize import fake_quantize_backward
 from .library import autograd, op
 
 
@@ -122,47 +121,3 @@ class _GradientQuantizer(torch.autograd.Function):
 
 def quantize_gradient(x, bits, seed):
     return _GradientQuantizer.apply(x, bits, seed)
-
-
-class _LowPrecisionLinear(torch.autograd.Function):
-    """F.linear of quantized x and weight; its gradient is quantized before anything is computed from it."""
-
-    @staticmethod
-    def forward(
-        ctx, x, weight, bias, quantized_x, quantized_weight, scale, zero_point, bits, grad_bits, seed
-    ):
-        outside = None if scale is None else x  # where it lies outside the range, it gets no gradient
-        quantizer = scale, zero_point, bits
-        ctx.save_for_backward(outside, quantized_x, quantized_weight, *quantizer, grad_bits, seed)
-        ctx.has_bias = bias is not None
-        return checks.own(F.linear(quantized_x, quantized_weight, bias))
-
-    @staticmethod
-    def backward(ctx, grad):
-        outside, x, weight, *quantizer, grad_bits, seed = ctx.saved_tensors
-        if grad_bits is not None:
-            grad = dynamic_fake_quantize(grad, grad_bits, seed, True, True, None)
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            if outside is not None:
-                arguments = outside, *quantizer, 1.0, quantizer[2]  # all is quantized: the seed is not read
-                if torch.is_grad_enabled():  # a second derivative is wanted: nothing may be overwritten
-                    grad_x = fake_quantize_backward(grad_x, *arguments, None, None)
-                else:
-                    fake_quantize_backward_(grad_x, *arguments, None, None)
-        if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, *[None] * 7
-
-
-def low_precision_linear(x, weight, bias, quantized_x, quantized_weight, quantizer, grad_bits, seed):
-    # a copy of the bits, so that the precision may change between this forward and its backward
-    scale, zero_point, bits = (
-        (None, None, None) if quantizer is None else (*quantizer[:2], quantizer[2].clone())
-    )
-    quantized = quantized_x, quantized_weight
-    return _LowPrecisionLinear.apply(x, weight, bias, *quantized, scale, zero_point, bits, grad_bits, seed)

@@ -131,11 +131,14 @@ class Sensitivity:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Sensitivity":
-        """From a file of `save`; raises ValueError for another one."""
+        """From a file of `save`, or of what `qnkernels sensitivity --json` printed; raises ValueError for
+        another one.
+        """
         try:
             value = json.loads(Path(path).read_text(encoding="utf-8"))
             if value.pop("format") != FORMAT:
                 raise ValueError("format")
+            value.pop("allocation", None)  # the command adds one with --budget
             quality = {name: none_or_number(each) for name, each in value.pop("all_quantized").items()}
             rows = [
                 Row(**row | {key: none_or_number(row[key]) for key in ("only", "all_but")})

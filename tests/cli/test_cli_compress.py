@@ -57,7 +57,7 @@ def compress(*arguments: object) -> dict:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3])
 @pytest.mark.parametrize(
     "options", [[], ["--group-size=16"], ["--per=tensor"], ["--observer=histogram"], ["--symmetric"]]
 )
@@ -68,7 +68,8 @@ def test_the_file_is_the_model_quantized(
     path = checkpoint.with_name(f"weights-int{bits}.safetensors")
     assert summary["file"] == str(path) and summary["bytes"] == path.stat().st_size
     assert summary["bytes_before"] == checkpoint.stat().st_size
-    config = {8: qnk.Int8WeightOnlyConfig, 4: qnk.Int4WeightOnlyConfig}[bits](
+    config = qnk.IntWeightOnlyConfig(
+        bits,
         group_size=16 if "--group-size=16" in options else None,
         per="tensor" if "--per=tensor" in options else "channel",
         observer="histogram" if "--observer=histogram" in options else "minmax",
@@ -149,7 +150,7 @@ def fails(message: str, *arguments: object) -> None:
 
 def test_bad_input(checkpoint: Path, tmp_path: Path) -> None:
     model = f"--model={FACTORY}"
-    fails("bits: expected one of [4, 8], got 3", checkpoint, model, "--bits=3")
+    fails("bits: expected an integer in [2, 8], got 9", checkpoint, model, "--bits=9")
     dynamic, known = (
         "--activations=dynamic",
         "activations: expected one of ['float'] with 4 bits, got 'dynamic'",
@@ -164,7 +165,57 @@ def test_bad_input(checkpoint: Path, tmp_path: Path) -> None:
     fails("skip: expected a regular expression, got '('", checkpoint, model, "--skip=(")
     fails("out: expected another file than the checkpoint", checkpoint, model, f"--out={checkpoint}")
     fails("group_size", checkpoint, model, "--group-size=7")
+    fails("sensitivity: expected one, since", checkpoint, model, "--budget=9")
+    measured = f"--sensitivity={tmp_path / 'none.json'}"
+    fails("budget: expected one, since", checkpoint, model, measured)
+    fails("none.json: No such file", checkpoint, model, measured, "--budget=9")
+    both = (checkpoint, model, f"--sensitivity={checkpoint}", "--budget=9")
+    fails("expected a saved Sensitivity", *both)
+    fails("bits: expected none with a budget", *both, "--bits=8")
+    fails("skip: expected none with a budget", *both, "--skip=inner")
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+
+@pytest.fixture
+def measured(model: Model, tmp_path: Path) -> qnk.Sensitivity:
+    """Quality is what the layers of a group weigh, less where it has fewer bits."""
+    groups = {"table": "embedding|head", "inner": "inner"}
+    tokens = torch.randint(0, 33, (8, 9), generator=torch.Generator().manual_seed(2))
+    expected = model(tokens).detach()
+    evaluate = lambda model: (model(tokens) - expected).square().mean().item()  # noqa: E731
+    pq = [qnk.PQConfig(4, 16, codebook_dtype=torch.float16)]
+    return qnk.sensitivity(model, evaluate, (2, 5), groups, pq=pq, lower_is_better=True)
+
+
+@pytest.mark.parametrize("printed", [False, True])
+def test_a_budget_is_shared_out(
+    model: Model, checkpoint: Path, measured: qnk.Sensitivity, tmp_path: Path, printed: bool
+) -> None:
+    smallest = measured.other_bytes + sum(
+        min(row.bytes for row in measured.rows if row.group == group) for group in measured.groups
+    )
+    budget = smallest + 600
+    path = tmp_path / "measured.json"
+    allocation = qnk.allocate_bits(measured, budget)
+    assert len(set(allocation.groups.values())) == 2  # different choices
+    if printed:
+        path.write_text(json.dumps(measured.to_json() | {"allocation": allocation.to_json()}))
+    else:
+        measured.save(path)
+    summary = compress(checkpoint, f"--sensitivity={path}", f"--budget={budget}")
+    assert summary["file"] == str(checkpoint.with_name("weights-mixed.safetensors"))
+    stored = {layer["name"]: layer["stored"] for layer in summary["layers"]}
+    assert stored == {"embedding": allocation.groups["table"], "inner": allocation.groups["inner"]}
+    for layer in summary["layers"]:
+        assert layer["after"] == allocation.sizes["table" if layer["name"] == "embedding" else "inner"]
+    tokens = torch.randint(0, 33, (3, 7))
+    loaded = qnk.load_compressed(Model(), summary["file"]).eval()
+    assert torch.equal(loaded(tokens), qnk.quantize_(model, allocation).eval()(tokens))
+    assert compress(checkpoint, f"--sensitivity={path}", f"--budget={budget / 1e6}MB") == summary
+    arguments = (checkpoint, f"--model={FACTORY}", f"--sensitivity={path}")
+    for bad in ("1.5", "x", "MB", "1 GB"):
+        fails("budget: expected bytes", *arguments, f"--budget={bad}")
+    fails(f"at least {smallest}, the smallest possible size", *arguments, "--budget=10")
 
 
 def test_a_compressed_file_is_not_compressed_again(checkpoint: Path) -> None:

@@ -189,37 +189,6 @@ def test_quantize_gradient_is_the_identity_with_a_quantized_gradient():
     assert_identical(actual, F.dynamic_fake_quantize(grad, 3, per_sample=True, stochastic=True, seed=8))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("grad_bits", [4, None])
-def test_low_precision_linear_is_the_composition(bias, grad_bits):
-    """Quantized x and weight, straight-through gradients, and a gradient that was quantized before."""
-    generator = torch.Generator().manual_seed(6)
-    x = torch.randn(2, 7, 12, generator=generator).requires_grad_()
-    weight = torch.randn(5, 12, generator=generator).requires_grad_()
-    offset = torch.randn(5, generator=generator).requires_grad_() if bias else None
-    wanted = [tensor for tensor in (x, weight, offset) if tensor is not None]
-    grad = torch.randn(2, 7, 5, generator=generator)
-    scale, zero_point, bits = torch.tensor(0.1), torch.tensor(8.0), integer(4)  # not for all of x
-    quantized = F.fake_quantize(x, scale, zero_point, 4), F.dynamic_fake_quantize(weight, 4)
-    composed = torch.nn.functional.linear(*quantized, offset)
-    detached = (tensor.detach() for tensor in quantized)
-    y = F.low_precision_linear(x, weight, offset, *detached, (scale, zero_point, bits), grad_bits, 3)
-    assert_identical(y, composed)
-    bits.fill_(7)  # of the next forward: this backward must not see it
-    coarse = grad
-    if grad_bits is not None:
-        coarse = F.dynamic_fake_quantize(grad, grad_bits, per_sample=True, stochastic=True, seed=3)
-        assert not torch.equal(coarse, grad)
-    expected = torch.autograd.grad(composed, wanted, coarse)
-    assert 0 < int((expected[0] == 0).sum()) < x.numel()
-    actual = torch.autograd.grad(y, wanted, grad, create_graph=True)  # out of place
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other)
-    for one, other in zip(torch.autograd.grad(y, wanted, grad, retain_graph=True), expected, strict=True):
-        torch.testing.assert_close(one, other)
-    y.relu_()  # not a view: activations may work in place
-
-
 def test_an_empty_batch():
     x = torch.empty(0, 6, requires_grad=True)
     weight = torch.randn(4, 6, requires_grad=True)

@@ -1,18 +1,14 @@
 // Fake quantization over the range of the data: of each sample of x [samples, inner], or a moving average.
 //
 // Of a sample that fits the cache memory sees one read and one write; of a larger one, two reads. Per 16 elements
-// beside the range: 13 vector instructions to the nearest level (as fake_quantize), 23 more to a random one, 15 of
-// them of Philox.
+// beside the range: 11 vector instructions to the nearest level, 19 more to a random one, 15 of them of Philox.
 #include <type_traits>
 
-#include "common/affine.h"
 #include "cpu/by_dtype.h"
-#include "cpu/divider.h"
 #include "cpu/extremes.h"
 #include "cpu/kernels.h"
-#include "cpu/noise_bits.h"
+#include "cpu/levels.h"
 #include "cpu/parallel.h"
-#include "cpu/vec.h"
 
 namespace qnk {
 inline namespace QNK_ISA {
@@ -22,58 +18,6 @@ QNK_CPU_KERNELS(QNK_DECLARE_KERNEL)
 namespace {
 
 constexpr int64_t kGrain = 4096;  // elements: bounds of a thread's share
-
-// y_i = (clamp(code(x_i / s + z)) - z) * s of `count` elements, the first being number `first` of all.
-template <typename In, typename Out, typename Quotient>
-void to_nearest(const In* x, Out* y, int64_t count, const Affine& q, float top, const Quotient& quotient) {
-    const Vec scale = splat(q.scale), zero = splat(q.zero_point), limit = splat(top), none = splat(0.0f);
-    auto quantized = [&](Vec value) {
-        const Vec clamped = min(limit, max(none, quotient(value) + zero));
-        return (round_even(clamped) - zero) * scale;
-    };
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(y + i, quantized(load(x + i)));
-    if (const int rest = static_cast<int>(count - i)) store_first(y + i, quantized(load_first(x + i, rest)), rest);
-}
-
-// The same to the level below x_i / s + z, or to the next one where the draw is below what lies between.
-template <typename In, typename Out, typename Quotient>
-void to_random(const In* x, Out* y, int64_t first, int64_t count, const Affine& q, float top, Draws& draws,
-               const Quotient& quotient) {
-    const Vec scale = splat(q.scale), zero = splat(q.zero_point), limit = splat(top), none = splat(0.0f);
-    const Vec one = splat(1.0f), half = splat(0.5f), units = splat(65536.0f);
-    auto quantized = [&](Vec value, Vec draw) {
-        const Vec code = quotient(value) + zero;
-        const Vec nearest = round_even(code);
-        const Vec whole = nearest - select(less(code, nearest), one, none);
-        const Vec up = select(less(draw + half, (code - whole) * units), one, none);
-        return (min(limit, max(none, whole + up)) - zero) * scale;
-    };
-    for (int64_t i = 0; i < count;) {
-        const int64_t skip = (first + i) % kWord;
-        const int64_t stop = i + kWord - skip < count ? i + kWord - skip : count;
-        const uint16_t* drawn = draws.word((first + i) / kWord) + skip;
-        for (; i + kLanes <= stop; i += kLanes, drawn += kLanes) store(y + i, quantized(load(x + i), load(drawn)));
-        if (const int rest = static_cast<int>(stop - i))
-            store_first(y + i, quantized(load_first(x + i, rest), load_first(drawn, rest)), rest);
-        i = stop;
-    }
-}
-
-template <typename In, typename Out>
-void to_level(const In* x, Out* y, int64_t first, int64_t count, const Affine& q, float top, Draws* draws) {
-    const Divider divider(q.scale);
-    auto with = [&](const auto& quotient) {
-        if (draws)
-            to_random(x + first, y + first, first, count, q, top, *draws, quotient);
-        else
-            to_nearest(x + first, y + first, count, q, top, quotient);
-    };
-    if (draws ? Divider::serves_small(q.scale) : Divider::serves(q.scale))
-        with([&](Vec value) { return divider.fast(value); });
-    else
-        with([&](Vec value) { return divider.exact(value); });
-}
 
 // Threads share samples, each of which is read twice by the same one.
 template <typename In, typename Out>

@@ -12,6 +12,7 @@
 #include "cpu/extremes.h"
 #include "cpu/int_weight.h"
 #include "cpu/parallel.h"
+#include "cpu/tiles.h"
 
 namespace qnk {
 inline namespace QNK_ISA {
@@ -26,14 +27,15 @@ struct Quantization {
 #if defined(__AVX512F__)
 
 inline __m512i byte_sums(__m512i total, __m512i bytes) {
-    return _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), bytes);
+    return byte_products(total, _mm512_set1_epi8(1), bytes);
 }
 
 class Activations {
   public:
     // For up to `capacity` tokens, a multiple of 16.
     Activations(const Packed& w, const Segments& segments, const Quantization& how, int64_t capacity)
-        : w_(w), segments_(segments), how_(how), capacity_(capacity), codes_(capacity * how.bytes * segments.width()),
+        : w_(w), segments_(segments), how_(how), capacity_(capacity), apart_(segments.width() + kRowPadding),
+          codes_(capacity * how.bytes * apart_),
           scale_(capacity), zero_(capacity), sums_(segments.count() * how.bytes * capacity), lost_(max_threads()) {}
 
     explicit operator bool() const { return codes_ && scale_ && zero_ && sums_ && lost_; }
@@ -59,7 +61,8 @@ class Activations {
     int64_t tokens() const { return tokens_; }
     int bytes() const { return how_.bytes; }
     // Codes [width] of byte b of token t; rows follow each other, all of the first byte before those of the second.
-    const int8_t* row(int64_t index) const { return codes_.get() + index * segments_.width(); }
+    const int8_t* row(int64_t index) const { return codes_.get() + index * apart_; }
+    int64_t apart() const { return apart_; }
     const float* scale() const { return scale_.get(); }  // [capacity]
     // 8-bit codes: the zero point less 128, [capacity]. Fixed point has none.
     const int32_t* zero() const { return zero_.get(); }
@@ -68,6 +71,8 @@ class Activations {
 
   private:
     static constexpr int64_t kPiece = 2048;  // columns, a multiple of 128
+    // Rows of a multiple of 4 KiB would share few sets of the first-level cache with the rows of the weight.
+    static constexpr int64_t kRowPadding = kHasTiles ? 0 : 64;
 
     template <typename T>
     bool quantize_row(const T* x, int64_t t, int8_t (*row)[kPiece]) {
@@ -155,7 +160,7 @@ class Activations {
                 for (int b = 0; b < how_.bytes; ++b) {
                     // up to 15 codes past the end were written, and are taken as far as 128 columns go
                     for (int64_t end = columns; end % 128; ++end) row[b][end] = 0;
-                    int8_t* to = codes_.get() + (b * tokens_ + t) * segments_.width() + s.step * 64 + piece;
+                    int8_t* to = codes_.get() + (b * tokens_ + t) * apart_ + s.step * 64 + piece;
                     total[b] = w_.bits == 8 ? copy(row[b], columns, to, total[b]) : split(row[b], columns, to, total[b]);
                 }
             }
@@ -196,7 +201,7 @@ class Activations {
     const Packed& w_;
     const Segments& segments_;
     Quantization how_;
-    int64_t capacity_, tokens_ = 0;
+    int64_t capacity_, tokens_ = 0, apart_;
     Buffer<int8_t> codes_;
     Buffer<float> scale_;
     Buffer<int32_t> zero_, sums_;

@@ -97,7 +97,7 @@ class ByteForm {
         const auto put = [&](const Unit<Bits>& codes, int count) {
             for (int i = 0; i < count; ++i, to += 2 * kTileBytes) {
                 _mm512_store_si512(to, codes.codes[i]);
-                if (sums) total = _mm512_dpbusd_epi32(total, codes.codes[i], _mm512_set1_epi8(1));
+                if (sums) total = byte_products(total, codes.codes[i], _mm512_set1_epi8(1));
             }
         };
         for (int64_t u = unit; u < stop; ++u) put(Unit<Bits>(from + u * 64), kSteps);
@@ -148,8 +148,18 @@ class ByteForm {
     Activations x_;
 };
 
-#if defined(__AMX_BF16__)
-constexpr bool kHasBf16Tiles = true;
+// 32 values of bf16 from integers that it holds exactly.
+inline __m512i to_bf16(__m512i low, __m512i high) {
+    const __m512 a = _mm512_cvtepi32_ps(low), b = _mm512_cvtepi32_ps(high);
+#if defined(__AVX512BF16__)
+    return (__m512i)_mm512_cvtne2ps_pbh(b, a);
+#else
+    const auto pair = [](int first) { return first + 1 + ((first + 3) << 16); };  // upper halves of two lanes
+    const __m512i at = _mm512_setr_epi32(pair(0), pair(4), pair(8), pair(12), pair(16), pair(20), pair(24), pair(28),
+                                         pair(32), pair(36), pair(40), pair(44), pair(48), pair(52), pair(56), pair(60));
+    return _mm512_permutex2var_epi16(_mm512_castps_si512(a), at, _mm512_castps_si512(b));
+#endif
+}
 
 class Bf16Form {
   public:
@@ -220,7 +230,12 @@ class Bf16Form {
         const auto value = [&](int64_t r, int64_t t) { return load(sums + r * apart + t) * splat(scale[r * groups]); };
         // (the instruction takes denormals for zero, as the products have)
         const auto put = [](T* to, Vec low, Vec high) {
+#if defined(__AVX512BF16__)
             _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+#else
+            store(to, low);
+            store(to + 16, high);
+#endif
         };
         finish_rows(w_, tokens_, i == 0, i + 1 == segments_.count(), nullptr, bias, y, o, end, work.totals, value, put);
     }
@@ -253,8 +268,7 @@ class Bf16Form::Row<8> {
     __m512i decode(__m256i codes) const {
         const __m512i low = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes));
         const __m512i high = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1));
-        return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_sub_epi32(high, zero_)),
-                                            _mm512_cvtepi32_ps(_mm512_sub_epi32(low, zero_)));
+        return to_bf16(_mm512_sub_epi32(low, zero_), _mm512_sub_epi32(high, zero_));
     }
 
     __m512i zero_;
@@ -284,9 +298,6 @@ class Bf16Form::Row<4> {
 
     __m512i even_, odd_;
 };
-#else
-constexpr bool kHasBf16Tiles = false;
-#endif
 
 #endif
 

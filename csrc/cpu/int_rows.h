@@ -10,32 +10,34 @@ inline namespace QNK_ISA {
 
 #if defined(__AVX512F__)
 
-// Lane 4 j + i <- the sum of lanes of total[4 j + i], by add(a, b).
+// In lane i of each quarter the sum of that quarter of total[i], by add(a, b).
 template <typename Add>
-inline __m512i sums_of(const __m512i* total, const Add& add) {
-    __m512i quarter[4];
-    for (int j = 0; j < 4; ++j) {
-        const __m512i* t = total + 4 * j;
-        const __m512i a = add(_mm512_unpacklo_epi32(t[0], t[1]), _mm512_unpackhi_epi32(t[0], t[1]));
-        const __m512i b = add(_mm512_unpacklo_epi32(t[2], t[3]), _mm512_unpackhi_epi32(t[2], t[3]));
-        quarter[j] = add(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    }
+inline __m512i quarter_sums(const __m512i* total, const Add& add) {
+    const __m512i a = add(_mm512_unpacklo_epi32(total[0], total[1]), _mm512_unpackhi_epi32(total[0], total[1]));
+    const __m512i b = add(_mm512_unpacklo_epi32(total[2], total[3]), _mm512_unpackhi_epi32(total[2], total[3]));
+    return add(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+// Lane 4 j + i <- the sum of lanes i of the quarters of quarters[j].
+template <typename Add>
+inline __m512i joined_quarters(const __m512i* quarters, const Add& add) {
     const auto fold = [&](__m512i a, __m512i b) {
         return add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
     };
-    return fold(fold(quarter[0], quarter[1]), fold(quarter[2], quarter[3]));
+    return fold(fold(quarters[0], quarters[1]), fold(quarters[2], quarters[3]));
 }
 
-inline __m512i sums_of(const __m512i* total) {
-    return sums_of(total, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
-}
+inline __m512i add_ints(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
 
+// Lane i <- the sum of lanes of total[i].
 inline Vec sums_of(const Vec (&total)[16]) {
-    __m512i bits[16];
+    __m512i bits[16], quarters[4];
     for (int i = 0; i < 16; ++i) bits[i] = _mm512_castps_si512(total[i].v);
-    return {_mm512_castsi512_ps(sums_of(bits, [](__m512i a, __m512i b) {
+    const auto add = [](__m512i a, __m512i b) {
         return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
-    }))};
+    };
+    for (int j = 0; j < 4; ++j) quarters[j] = quarter_sums(bits + 4 * j, add);
+    return {_mm512_castsi512_ps(joined_quarters(quarters, add))};
 }
 
 inline __m512i load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -52,7 +54,10 @@ inline Vec joined(const Part& part) {
 
 class RowProduct {
   public:
-    static constexpr int kMostRows = 6;  // of activations, and one of ones where they have zero points
+    // Of activations, and one of ones where they have zero points. (With tile instructions more are slower than tiles.)
+    static constexpr int kMostRows = kHasTiles ? 6 : 13;
+    static constexpr int64_t kAhead = kHasTiles ? 0 : 4;  // rows of the weight that are asked for before
+    static constexpr int most_at_once(int bits) { return bits == 8 ? 6 : 4; }  // whose sums and factors fit the registers
 
     RowProduct(const Packed& w, const Segments& segments, const Activations& x) : w_(w), segments_(segments), x_(x) {}
 
@@ -67,104 +72,104 @@ class RowProduct {
     // Rows [begin, end) of the weight, y [tokens, n].
     template <typename T>
     void multiply(const float* bias, T* y, int64_t begin, int64_t end) const {
-        switch (x_.tokens() * x_.bytes()) {
-            case 1: return run<1>(bias, y, begin, end);
-            case 2: return run<2>(bias, y, begin, end);
-            case 3: return run<3>(bias, y, begin, end);
-            case 4: return run<4>(bias, y, begin, end);
-            case 5: return run<5>(bias, y, begin, end);
-            default: return run<6>(bias, y, begin, end);
-        }
+        if (w_.bits == 8)
+            x_.bytes() == 1 ? blocks<true, 8>(bias, y, begin, end) : blocks<false, 8>(bias, y, begin, end);
+        else
+            x_.bytes() == 1 ? blocks<true, 4>(bias, y, begin, end) : blocks<false, 4>(bias, y, begin, end);
     }
 
   private:
-    template <int Rows, typename T>
-    void run(const float* bias, T* y, int64_t begin, int64_t end) const {
-        if (w_.bits == 8)
-            x_.bytes() == 1 ? block<Rows, true, 8>(bias, y, begin, end) : block<Rows, false, 8>(bias, y, begin, end);
-        else
-            x_.bytes() == 1 ? block<Rows, true, 4>(bias, y, begin, end) : block<Rows, false, 4>(bias, y, begin, end);
-    }
-
     // Ones: the last row of sums is that of the weight's codes.
-    template <int Rows, bool Ones, int Bits, typename T>
-    void block(const float* bias, T* y, int64_t begin, int64_t end) const {
-        constexpr int kSums = Rows + (Ones ? 1 : 0);
-        __m512i totals[kSums][16];
-        alignas(64) int32_t sums[kSums][16];
+    template <bool Ones, int Bits, typename T>
+    void blocks(const float* bias, T* y, int64_t begin, int64_t end) const {
+        constexpr int kAtOnce = most_at_once(Bits) - (Ones ? 1 : 0);
+        const int rows = static_cast<int>(x_.tokens()) * x_.bytes(), turns = (rows + kAtOnce - 1) / kAtOnce;
+        __m512i quarters[kMostRows][4];
+        alignas(64) int32_t sums[kMostRows][16];
         for (int64_t o = begin; o < end; o += 16) {
             const int count = static_cast<int>(end - o < 16 ? end - o : 16);
-            for (int r = 0; r < count; r += 4)
-                four<Rows, Ones, Bits>(o + r, count - r, reinterpret_cast<__m512i(*)[16]>(&totals[0][r]));
-            for (int v = 0; v < kSums; ++v) _mm512_store_si512(sums[v], sums_of(totals[v]));
+            for (int j = 0; j < 4; ++j) {
+                const int64_t from = o + (4 * j < count ? 4 * j : 0);
+                for (int turn = 0, first = 0; turn < turns; ++turn) {
+                    const int here = (rows - first + turns - turn - 1) / (turns - turn);
+                    if (Ones && turn + 1 == turns)
+                        some<Ones, Bits>(here, from, o + count - from, first, quarters, j);
+                    else
+                        some<false, Bits>(here, from, o + count - from, first, quarters, j);
+                    first += here;
+                }
+            }
+            for (int v = 0; v < rows + (Ones ? 1 : 0); ++v)
+                _mm512_store_si512(sums[v], joined_quarters(quarters[v], add_ints));
             switch (x_.bytes()) {
-                case 1: write<1>(sums, Ones ? sums[Rows] : nullptr, bias, y, o, count); break;
+                case 1: write<1>(sums, Ones ? sums[rows] : nullptr, bias, y, o, count); break;
                 default: write<3>(sums, nullptr, bias, y, o, count);
             }
         }
     }
 
-    // Sums of four rows of the weight with each of Rows rows of activations. (Members by name: arrays would go through
-    // memory.)
-    template <int Rows, bool None = Rows == 0>
-    struct Four {
-        __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
-        Four<Rows - 1> others;
+    template <bool Ones, int Bits>
+    void some(int rows, int64_t o, int64_t count, int first, __m512i (*quarters)[4], int j) const {
+        switch (rows) {
+            case 1: return four<1, Ones, Bits>(o, count, first, quarters, j);
+            case 2: return four<2, Ones, Bits>(o, count, first, quarters, j);
+            case 3: return four<3, Ones, Bits>(o, count, first, quarters, j);
+            case 4: return four<4, Ones, Bits>(o, count, first, quarters, j);
+            case 5: return four<5, Ones, Bits>(o, count, first, quarters, j);
+            default: return four<6, Ones, Bits>(o, count, first, quarters, j);
+        }
+    }
 
-        void add(__m512i p, __m512i q, __m512i r, __m512i s, const int8_t* x, int64_t apart) {
-            add(p, q, r, s, _mm512_load_si512(x));
-            others.add(p, q, r, s, x + apart, apart);
-        }
-        void add(__m512i p, __m512i q, __m512i r, __m512i s, __m512i x) {
-            a = _mm512_dpbusd_epi32(a, p, x);
-            b = _mm512_dpbusd_epi32(b, q, x);
-            c = _mm512_dpbusd_epi32(c, r, x);
-            d = _mm512_dpbusd_epi32(d, s, x);
-        }
-        void store(__m512i (*to)[16]) const {
-            _mm512_store_si512(to[0], a);
-            _mm512_store_si512(to[0] + 1, b);
-            _mm512_store_si512(to[0] + 2, c);
-            _mm512_store_si512(to[0] + 3, d);
-            others.store(to + 1);
-        }
-    };
-    template <int Rows>
-    struct Four<Rows, true> {
-        void add(__m512i, __m512i, __m512i, __m512i, const int8_t*, int64_t) {}
-        void store(__m512i (*)[16]) const {}
-    };
-
-    // totals [row of activations][16 apart]: sums, in 16 lanes each, for 4 rows of the weight from o on, of which `count`
-    // exist.
+    // quarters [row of activations][j]: sums, from row `first` of them on, with 4 rows of the weight from o on, of which
+    // `count` exist. (Not inlined, and all in locals: else the compiler stores sums that would fit the registers.)
     template <int Rows, bool Ones, int Bits>
-    void four(int64_t o, int count, __m512i (*totals)[16]) const {
+    __attribute__((noinline)) void four(int64_t o, int64_t count, int64_t first, __m512i (*quarters)[4], int j) const {
+        constexpr int kSums = Rows + (Ones ? 1 : 0), kSteps = Unit<Bits>::kSteps;
         const int64_t whole = Unit<Bits>::whole(segments_[0]), rest = Unit<Bits>::rest(segments_[0]);
-        const int64_t apart = segments_.width();
-        const int8_t* x = x_.row(0);
-        const uint8_t *p = w_.row(o), *q = w_.row(o + (count > 1 ? 1 : 0)), *r = w_.row(o + (count > 2 ? 2 : 0)),
-                      *s = w_.row(o + (count > 3 ? 3 : 0));
-        Four<Rows> total;
-        Four<1> ones;
-        const auto add = [&](__m512i i, __m512i j, __m512i k, __m512i l) {
-            total.add(i, j, k, l, x, apart);
-            if (Ones) ones.add(i, j, k, l, _mm512_set1_epi8(1));
+        const int64_t apart = x_.apart(), ahead = kAhead * w_.row_bytes();
+        const int8_t* x = x_.row(first);
+        const uint8_t* row[4];
+        for (int r = 0; r < 4; ++r) row[r] = w_.row(o + (r < count ? r : 0));
+        __m512i total[4][kSums];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < kSums; ++v) total[r][v] = _mm512_setzero_si512();
+        const auto add = [&](int r, __m512i codes, const __m512i* tokens) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int v = 0; v < Rows; ++v) total[r][v] = byte_products(total[r][v], codes, tokens[v]);
+            // (on ports that products leave free)
+            if (Ones)
+                total[r][Rows] = _mm512_add_epi32(total[r][Rows], _mm512_sad_epu8(codes, _mm512_setzero_si512()));
+        };
+        const auto load_tokens = [&](__m512i* tokens) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int v = 0; v < Rows; ++v) tokens[v] = _mm512_load_si512(x + v * apart);
             x += 64;
         };
-        const auto unit = [&](const Unit<Bits>& i, const Unit<Bits>& j, const Unit<Bits>& k, const Unit<Bits>& l, int steps) {
-            add(i.codes[0], j.codes[0], k.codes[0], l.codes[0]);
-            constexpr int kLast = Unit<Bits>::kSteps - 1;
-            if (steps == 2) add(i.codes[kLast], j.codes[kLast], k.codes[kLast], l.codes[kLast]);
-        };
-        for (int64_t at = 0; at < whole * 64; at += 64)
-            unit(Unit<Bits>(p + at), Unit<Bits>(q + at), Unit<Bits>(r + at), Unit<Bits>(s + at), Unit<Bits>::kSteps);
-        if (rest) {
-            const int64_t at = whole * 64;
-            unit(Unit<Bits>(p + at, rest), Unit<Bits>(q + at, rest), Unit<Bits>(r + at, rest), Unit<Bits>(s + at, rest),
-                 Unit<Bits>::steps(rest));
+        for (int64_t at = 0; at < whole * 64; at += 64) {
+            __m512i tokens[kSteps][Rows];
+#pragma GCC unroll 2
+            for (int step = 0; step < kSteps; ++step) load_tokens(tokens[step]);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) {
+                const Unit<Bits> unit(row[r] + at);
+                if (kAhead) _mm_prefetch(reinterpret_cast<const char*>(row[r] + at + ahead), _MM_HINT_T1);
+#pragma GCC unroll 2
+                for (int step = 0; step < kSteps; ++step) add(r, unit.codes[step], tokens[step]);
+            }
         }
-        total.store(totals);
-        if (Ones) ones.store(totals + Rows);
+        for (int step = 0; rest && step < Unit<Bits>::steps(rest); ++step) {
+            __m512i tokens[Rows];
+            load_tokens(tokens);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) add(r, Unit<Bits>(row[r] + whole * 64, rest).codes[step], tokens);
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < kSums; ++v) {
+            const __m512i of_row[4] = {total[0][v], total[1][v], total[2][v], total[3][v]};
+            quarters[first + v][j] = quarter_sums(of_row, add_ints);
+        }
     }
 
     template <int Bytes, typename T>
@@ -252,7 +257,7 @@ class GroupedRowProduct {
   private:
     static constexpr int64_t kMostTokens = 6;
 
-    int64_t apart() const { return x_.tokens() * segments_.width(); }  // of the bytes of a token
+    int64_t apart() const { return x_.tokens() * x_.apart(); }  // of the bytes of a token
     int32_t* shifts(int64_t t) const { return shifts_.get() + t * segments_.count() * zeros_ * 16; }
 
     // Lanes shifted left by bytes, on the port that has less to do.
@@ -275,9 +280,9 @@ class GroupedRowProduct {
         }
 
         void add(__m512i codes, const Parts& x) {
-            last = _mm512_dpbusd_epi32(last, codes, x.last);
-            second = _mm512_dpbusd_epi32(second, codes, x.second);
-            if (Bytes > 2) first = _mm512_dpbusd_epi32(first, codes, x.first);
+            last = byte_products(last, codes, x.last);
+            second = byte_products(second, codes, x.second);
+            if (Bytes > 2) first = byte_products(first, codes, x.first);
         }
 
         __m512i whole() const {

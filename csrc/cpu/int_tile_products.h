@@ -11,6 +11,13 @@ inline namespace QNK_ISA {
 
 #if defined(__AVX512F__)
 
+// Rows of codes to ask for, row_bytes apart, a line of 64 bytes for 2^shift steps of a product.
+struct Ahead {
+    const uint8_t* from;
+    int64_t row_bytes;
+    int shift;
+};
+
 #if defined(__AMX_INT8__)
 // A zeroed tile would be three times as slow in a product as one that was loaded.
 alignas(64) inline const int32_t kZeros[16] = {};
@@ -122,34 +129,56 @@ inline void direct_product(const uint8_t* a, int64_t row_bytes, const uint8_t* b
 }
 constexpr bool kDirect = true;
 #else
+// total + the sums of two products each of bf16, in fp32.
+__attribute__((always_inline)) inline __m512i bf16_products(__m512i total, __m512i codes, __m512i x) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(codes), "v"(x));
+    return total;
+}
+
+// c [Rows, `apart`] (+)= products of Rows rows of a 64 bytes apart, of each step 2 tiles. (Not inlined: beside other code
+// the compiler stores sums that would fit the registers.)
+template <typename Form, int Rows, int Tiles>
+__attribute__((noinline)) void row_products(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps,
+                                            bool first, Ahead ahead) {
+    __m512i total[Rows][Tiles];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+        for (int i = 0; i < Tiles; ++i) total[r][i] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(c + r * apart + 16 * i);
+    for (int64_t step = 0; step < steps; ++step, a += 2 * kTileBytes, b += (Tiles - 1) * kTileBytes) {
+#pragma GCC unroll 1
+        for (int quad = 0; quad < 16; ++quad, b += 64) {
+            const uint8_t* line = ahead.from + quad * Rows / 16 * ahead.row_bytes + (step >> ahead.shift) * 64;
+            _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
+            __m512i x[Tiles];
+#pragma GCC unroll 2
+            for (int i = 0; i < Tiles; ++i) x[i] = _mm512_load_si512(b + i * kTileBytes);
+#pragma GCC unroll 16
+            for (int r = 0; r < Rows; ++r) {
+                int32_t four;
+                __builtin_memcpy(&four, a + r * 64 + quad * 4, 4);
+                const __m512i codes = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
+                for (int i = 0; i < Tiles; ++i)
+                    total[r][i] = Form::kBytes ? byte_products(total[r][i], codes, x[i])
+                                               : bf16_products(total[r][i], codes, x[i]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+        for (int i = 0; i < Tiles; ++i) _mm512_storeu_si512(c + r * apart + 16 * i, total[r][i]);
+}
+
 template <typename Form, int Tiles, typename Feed>
 inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
                          Feed& feed) {
-    constexpr int kRows = 8;
+    constexpr int kRows = 16 / Tiles;
     for (int64_t step = 0; step < steps; ++step) feed.step();
-    for (int row = 0; row < 32; row += kRows) {
-        __m512i total[kRows][Tiles];
-        for (int r = 0; r < kRows; ++r)
-            for (int i = 0; i < Tiles; ++i)
-                total[r][i] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(c + (row + r) * apart + 16 * i);
-        for (int64_t step = 0; step < steps; ++step) {
-            const uint8_t* codes = a + (step * 2 + row / 16) * kTileBytes + row % 16 * 64;
-            const uint8_t* tokens = b + step * Tiles * kTileBytes;
-            for (int quad = 0; quad < 16; ++quad) {
-                __m512i x[Tiles];
-                for (int i = 0; i < Tiles; ++i) x[i] = _mm512_load_si512(tokens + i * kTileBytes + quad * 64);
-#pragma GCC unroll 8
-                for (int r = 0; r < kRows; ++r) {
-                    int32_t four;
-                    __builtin_memcpy(&four, codes + r * 64 + quad * 4, 4);
-                    for (int i = 0; i < Tiles; ++i)
-                        total[r][i] = _mm512_dpbusd_epi32(total[r][i], _mm512_set1_epi32(four), x[i]);
-                }
-            }
-        }
-        for (int r = 0; r < kRows; ++r)
-            for (int i = 0; i < Tiles; ++i) _mm512_storeu_si512(c + (row + r) * apart + 16 * i, total[r][i]);
-    }
+    Ahead ahead = feed.ahead();
+    for (int row = 0; row < 32; row += kRows, ahead.from += kRows * ahead.row_bytes)
+        row_products<Form, kRows, Tiles>(a + row / 16 * kTileBytes + row % 16 * 64, b, c + row * apart, apart, steps, first, ahead);
 }
 template <int Tiles>
 inline void direct_product(const uint8_t*, int64_t, const uint8_t*, const uint8_t*, int32_t*, int64_t, int64_t) {}

@@ -154,7 +154,7 @@ class IntTileProduct {
     }
 
     // Unpacks a chunk row by row, as many rows in a step as it takes to be done after `slots` steps, and prefetches the
-    // rows of a later one.
+    // rows of a later one (without tile instructions: lets products do so, between which more fit).
     template <int Bits>
     struct Feed {
         const IntTileProduct& product;
@@ -164,7 +164,14 @@ class IntTileProduct {
         uint8_t* codes;
         int32_t (*code_sums)[kMostSegments][32];  // of both turns
         int64_t slots, due = 0, row = 0;
+        int64_t line = -1;  // of the later chunk, for products to ask for; -1: that is done
 
+        // Lines of the later chunk that are asked for while `step` of a product is multiplied.
+        Ahead ahead() const {
+            const int shift = Form::line_shift(Bits);
+            if (!later || line < 0) return {codes, 0, shift};
+            return {first_of(0) + (line >> shift) * 64, product.w_.row_bytes(), shift};
+        }
         void step() {
             for (due += 32; due >= slots; due -= slots) next();
         }
@@ -183,12 +190,16 @@ class IntTileProduct {
                 form.template unpack<Bits>(s, chunk->o + r, chunk->step, steps, to, code_sums[chunk->turn][k][r]);
                 to += steps * 2 * kTileBytes;
             }
-            if (!later || later->o + r >= end) return;
+            if (!kHasTiles || !later || later->o + r >= end) return;
             const int shift = Form::line_shift(Bits);
-            const uint8_t* from = product.w_.row(later->o + r) + product.segments_[later->i].column * Bits / 8 +
-                                  (later->step >> shift) * 64;
+            const uint8_t* from = first_of(r);
             for (int64_t line = 0; line <= (later->steps - 1) >> shift; ++line)
                 _mm_prefetch(reinterpret_cast<const char*>(from + line * 64), _MM_HINT_T1);
+        }
+
+        const uint8_t* first_of(int64_t r) const {
+            return product.w_.row(later->o + r) + product.segments_[later->i].column * Bits / 8 +
+                   (later->step >> Form::line_shift(Bits)) * 64;
         }
     };
 
@@ -210,18 +221,21 @@ class IntTileProduct {
             Feed<Bits> feed{*this, form, more ? &next : nullptr, further ? &later : nullptr, end,
                             unpacked + (parity ^ kChunkBytes), code_sums, slots};
             const uint8_t* codes = unpacked + parity;
+            int64_t done = 0;
             for (int64_t k = 0; k < now.segments; ++k) {
                 const Segment& s = segments_[now.i + k];
                 const int64_t steps = now.segments > 1 ? form.steps(s) : now.steps;
                 for (int64_t pair = 0; pair * 2 < tiles; ++pair) {
                     const uint8_t* b = packed + place(form, s, now.step, pair, tiles);
                     int32_t* c = work.products + pair * 32;
+                    feed.line = pair == 0 ? done : -1;
                     if (tiles - 2 * pair > 1)
                         tile_product<Form, 2>(codes, b, c, apart_, steps, now.step == 0, feed);
                     else
                         tile_product<Form, 1>(codes, b, c, apart_, steps, now.step == 0, feed);
                 }
                 codes += steps * 2 * kTileBytes;
+                done += steps;
                 if (now.step + steps == form.steps(s)) {
                     work.of_codes = code_sums[now.turn][k];
                     form.finish(now.i + k, bias, y, now.o, end, apart_, work);

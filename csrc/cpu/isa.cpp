@@ -54,13 +54,20 @@ Isa detect_isa() {
     const bool vbmi = bit(c, 1), vnni = bit(c, 11);
     if (!f || !dq || !bw || !vl || !vbmi || !vnni || (state & 0xe0) != 0xe0) return Isa::avx2;
     const bool amx_bf16 = bit(d, 22), amx_tile = bit(d, 24), amx_int8 = bit(d, 25);
-    unsigned a1, b1, c1, d1;
-    const bool bf16 = __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && bit(a1, 5);
-    if (!amx_bf16 || !amx_tile || !amx_int8 || !bf16 || (state & 0x60000) != 0x60000) return Isa::avx512;
+    if (!amx_bf16 || !amx_tile || !amx_int8 || !has_bf16_products() || (state & 0x60000) != 0x60000) return Isa::avx512;
     return request_tiles() ? Isa::amx : Isa::avx512;
+}
+
+bool has_bf16_products() {
+    static const bool has = [] {
+        unsigned a, b, c, d;
+        return __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
+    }();
+    return has;
 }
 #else
 Isa detect_isa() { return Isa::portable; }
+bool has_bf16_products() { return false; }
 #endif
 
 Isa active_isa() {

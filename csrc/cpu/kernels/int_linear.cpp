@@ -11,6 +11,7 @@
 #include "cpu/extremes.h"
 #include "cpu/int_plain.h"
 #include "cpu/int_tiles.h"
+#include "cpu/isa.h"
 #include "cpu/kernels.h"
 
 namespace qnk {
@@ -49,12 +50,10 @@ int multiply_rows(const Product& product, const Packed& w, const float* bias, T*
 template <typename T>
 int multiply_tiles(const T* x, const Packed& w, const Segments& segments, const Quantization& how, const float* bias, T* y,
                    int64_t m, bool& representable) {
-#if defined(__AMX_BF16__)
     if constexpr (std::is_same_v<T, bf16>) {
-        if (how.bytes > 1 && !IntTileProduct<ByteForm>::direct(w, segments, how.bytes, m))
+        if (how.bytes > 1 && has_bf16_products() && !IntTileProduct<ByteForm>::direct(w, segments, how.bytes, m))
             return IntTileProduct<Bf16Form>(w, segments, how).multiply(x, bias, y, m, representable);
     }
-#endif
     return IntTileProduct<ByteForm>(w, segments, how).multiply(x, bias, y, m, representable);
 }
 

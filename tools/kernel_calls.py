@@ -45,6 +45,10 @@ def dynamic() -> Calls:
     yield "dynamic_fake_quantize", (torch.empty(8, 2**28 + 1, dtype=BF16), BITS, SEED, True, True)
     low = torch.empty(())
     yield "moving_fake_quantize_", (torch.empty(64, 64), low, low.clone(), STEP, BITS, 0.1)
+    for x in (*(torch.empty(64, 64, dtype=dtype) for dtype in FLOATS), torch.empty(8, 2**28 + 1, dtype=BF16)):
+        quantizer = low, low.clone(), STEP, BITS, 0.1, True, True
+        yield "low_precision_operands_", (x, torch.empty(64, 64), *quantizer)
+        yield "stop_gradient_", (x, torch.empty((x.numel() + 7) // 8, dtype=torch.uint8))
 
 
 def block_noise() -> Calls:

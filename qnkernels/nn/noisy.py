@@ -85,16 +85,17 @@ class NoisyLinear(NoisyLayer, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [..., in] -> [..., out]."""
-        if isinstance(self.noise, TrainingPrecision):
-            x = to_autocast(input)
-            return self.noise.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+        noise = self.noise
+        if isinstance(noise, TrainingPrecision):
+            x, bias = to_autocast(input), self.bias
+            return noise.linear(x, self.weight, None if bias is None else bias.to(x.dtype))
         dtype = autocast_dtype(self.weight.device.type)
-        if isinstance(self.noise, ScalarNoise) and dtype is None and input.dtype == self.weight.dtype:
-            quantizer = self.noise.quantizer(self.weight)
+        if isinstance(noise, ScalarNoise) and dtype is None and input.dtype == self.weight.dtype:
+            quantizer = noise.quantizer(self.weight)
             if quantizer is None:
                 return self._output(super().forward(input))
             return self._output(functional.noisy_linear(input, self.weight, self.bias, **quantizer))
-        return self._output(F.linear(input, self.noise(self.weight, dtype), self.bias))
+        return self._output(F.linear(input, noise(self.weight, dtype), self.bias))
 
 
 class NoisyEmbedding(NoisyLayer, nn.Embedding):

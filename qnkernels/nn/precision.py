@@ -44,17 +44,19 @@ class MovingInput(ActivationNoise):
         """x of any shape -> the same shape and dtype."""
         if x.numel() == 0:
             return x
-        if self._moves():
+        if self.training:
             state = self.low, self.high, self.step
-            return functional.moving_fake_quantize(x, *state, self.bits, self.momentum)
-        low, high = (self.low, self.high) if self.training else self.stored_range(x.detach())
+            return functional.moving_fake_quantize(x, *state, self.bits, self.momentum, moves=self._moves())
+        low, high = self.stored_range(x.detach())
         bits = self.bits.clone()
         return functional.fake_quantize(x, *functional.quantization_parameters(low, high, bits), bits)
 
     def linear(self, x, weight, bias, per_channel, grad_bits, seed) -> torch.Tensor:
         """`forward`, and the layer over it: arguments of functional.moving_low_precision_linear."""
-        state = self.low, self.high, self.step, self.bits, self.momentum, self._moves()
-        return functional.moving_low_precision_linear(x, weight, bias, *state, per_channel, grad_bits, seed)
+        own = self._buffers  # Module.__getattr__ takes as long as a small op
+        state = own["low"], own["high"], own["step"], own["bits"], self.momentum, self._moves()
+        rest = per_channel, grad_bits, seed
+        return functional.moving_low_precision_linear(x, weight, bias, *state, *rest)
 
     def _moves(self) -> bool:
         return self.training and not in_recomputation()
@@ -112,7 +114,9 @@ class TrainingPrecision(nn.Module):
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """F.linear(input(x), forward(weight), bias) in the dtype of x; its gradient is quantized."""
-        grad_bits, seed = (self.gradient_bits, draw_seed(x.device)) if self._draws() else (None, 0)
+        grad_bits, seed = self._buffers["gradient_bits"] if self._draws() else None, 0
+        if grad_bits is not None:
+            seed = draw_seed(x.device)
         moving, per_channel = self.moving, self.per == "channel"
         if moving is not None and x.numel():
             return moving.linear(x, weight, bias, per_channel, grad_bits, seed)
@@ -132,7 +136,7 @@ class TrainingPrecision(nn.Module):
         """Whether there may be a gradient to round. In training always, also where none is recorded:
         activation checkpointing repeats such a forward with one, and must draw as many seeds.
         """
-        return self.gradient_bits is not None and (self.training or torch.is_grad_enabled())
+        return self._buffers["gradient_bits"] is not None and (self.training or torch.is_grad_enabled())
 
     def extra_repr(self) -> str:
         return (

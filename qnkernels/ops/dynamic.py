@@ -4,8 +4,9 @@ import torch
 
 from ..backends import select
 from . import checks
-from .fake_quantize import fake_quantize_backward
+from .fake_quantize import fake_quantize, fake_quantize_backward
 from .library import autograd, op
+from .range import quantization_parameters
 
 
 def _check(x, bits, seed, per_sample, dtype) -> torch.dtype:
@@ -94,11 +95,14 @@ class _StraightThrough(torch.autograd.Function):
         return fake_quantize_backward(grad, x, *quantizer, *ctx.layout), *[None] * 6
 
 
-def moving_fake_quantize(x, low, high, step, bits, momentum, axis, group_size, dtype):
-    """moving_fake_quantize_ with a straight-through gradient."""
-    y, *quantizer = moving_fake_quantize_(
-        x.detach(), low, high, step, bits, momentum, axis, group_size, dtype
-    )
+def moving_fake_quantize(x, low, high, step, bits, momentum, axis, group_size, dtype, moves):
+    """moving_fake_quantize_ with a straight-through gradient; unless `moves`, over the range as it stands."""
+    layout = axis, group_size, dtype
+    if moves:
+        y, *quantizer = moving_fake_quantize_(x.detach(), low, high, step, bits, momentum, *layout)
+    else:
+        quantizer = quantization_parameters(low, high, bits, False)
+        y = fake_quantize(x.detach(), *quantizer, bits, 1.0, bits, *layout)  # the seed is not read
     if not (torch.is_grad_enabled() and x.requires_grad):
         return y
     # a copy, so that the precision may change between this forward and its backward

@@ -52,6 +52,36 @@ def test_moving_fake_quantize(device, backend, dtype, shape, axis):
             assert_identical(actual.cpu(), expected)
 
 
+@pytest.mark.of("low_precision_operands_")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("moves", "step"), [(True, 0), (True, 3), (False, 3), (False, 0)])
+def test_low_precision_operands(device, backend, dtype, shape, moves, step):
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = (torch.randn(shape, generator=generator) * 3 - 0.5).to(dtype)
+    weight = torch.randn(33, 40, generator=generator)
+    results = {}
+    for where, name in (("cpu", "reference"), (device, backend)):
+        state = on(where, (torch.tensor(-1.0), torch.tensor(2.0), integer(step)))
+        arguments = on(where, (x, weight, *state, integer(5), 0.3, moves, True))
+        results[where] = (*kernels(name)["low_precision_operands_"](*arguments), *state)
+    for expected, actual in zip(results["cpu"], results[device], strict=True):
+        assert_identical(actual.cpu(), expected)
+
+
+@pytest.mark.of("stop_gradient_")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stop_gradient(device, backend, dtype, shape):
+    generator = torch.Generator().manual_seed(sum(shape))
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    outside = torch.randint(0, 256, ((grad.numel() + 7) // 8,), generator=generator).to(torch.uint8)
+    actual, expected = grad.to(device, copy=True), grad.clone()
+    kernels("reference")["stop_gradient_"](expected, outside)
+    kernels(backend)["stop_gradient_"](actual, outside.to(device))
+    assert_identical(actual.cpu(), expected)
+
+
 @pytest.mark.needs_cuda
 def test_a_layer_trains_in_low_precision(device):
     torch.manual_seed(0)

@@ -146,12 +146,14 @@ def test_checkpointing_repeats_the_forward(reentrant):
     x = torch.randn(6, 12)
 
     def step(wrapped: bool):
-        layer = nn.Sequential(linear(bits=4, grad_bits=4), linear(bits=4, grad_bits=4, input_range="moving"))
-        layer[1] = NoisyLinear.from_linear(nn.Linear(7, 7), "scalar", bits=2, p=0.5)
+        conv = NoisyConv2d.from_conv2d(nn.Conv2d(1, 1, 3, padding=1), "precision", bits=4, grad_bits=4)
+        scalar = NoisyLinear.from_linear(nn.Linear(7, 7), "scalar", bits=2, p=0.5)
+        layer = nn.Sequential(linear(bits=4, grad_bits=4), scalar, nn.Unflatten(0, (1, 1, 6)), conv)
         torch.manual_seed(5)
         inputs = x.clone().requires_grad_()
         y = checkpoint(layer, inputs, use_reentrant=reentrant) if wrapped else layer(inputs)
         y.square().sum().backward()
+        assert conv.noise.moving.step == 1
         moving = layer[0].noise.moving
         return [p.grad for p in layer.parameters()], moving.step.item(), moving.low.clone()
 

@@ -1,11 +1,13 @@
 """Linear layers in low precision: operands, gradients, and the same bits as the ops one by one."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from numeric import DTYPES, SHAPES, assert_identical, integer
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qnkernels as qnk
 from qnkernels import functional as F
@@ -138,6 +140,83 @@ def test_low_precision_linear_is_the_composition(bias, grad_bits):
     for one, other in zip(torch.autograd.grad(y, wanted, grad, retain_graph=True), expected, strict=True):
         torch.testing.assert_close(one, other)
     y.relu_()  # not a view: activations may work in place
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Straight(torch.autograd.Function):
+    """y as a function of x with the gradient of fake_quantize: one op after another, none in place."""
+
+    @staticmethod
+    def forward(ctx, x, y, *quantizer):
+        ctx.save_for_backward(x, *quantizer)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, zero_point, bits = ctx.saved_tensors
+        arguments = scale, zero_point, bits, 1.0, bits, None, None
+        grad_x = qnk.ops.fake_quantize.fake_quantize_backward(grad, x, *arguments)
+        return grad_x, None, None, None, None
+
+
+def one_by_one(x, weight, bias, low, high, step, bits, momentum, moves, per_channel, grad_bits, seed):
+    """moving_low_precision_linear of the ops that it is said to be."""
+    if moves:
+        F.update_range_(x.detach(), low, high, step, bits, "ema_minmax", 1, momentum)
+    quantizer = F.quantization_parameters(low, high, bits)
+    quantized = Straight.apply(x, F.fake_quantize(x.detach(), *quantizer, bits), *quantizer, bits.clone())
+    y = torch.nn.functional.linear(quantized, F.dynamic_fake_quantize(weight, bits, per_channel), bias)
+    return y if grad_bits is None else F.quantize_gradient(y, grad_bits, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bias", "grad_bits"), [(True, 5), (False, 8), (True, None)])
+@pytest.mark.parametrize("shape", [(13,), (5, 13), (3, 7, 13), (2, 1, 3, 13), (4, 700, 13)], ids=str)
+def test_one_call_has_the_bits_of_many(shape, bias, grad_bits, dtype):
+    """Result, state of the range and every gradient, whether ops are looked at or not."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    weight = torch.randn(9, 13, generator=generator).to(dtype)
+    offset = torch.randn(9, generator=generator).to(dtype) if bias else None
+    each = {name: state(-1.0, 1.5, 2) for name in ("direct", "watched", "many")}
+    for moves, bits in ((True, 3), (True, 8), (False, 4)):
+        x = torch.randn(shape, generator=generator).to(dtype) * 1.5
+        grad = torch.randn(*shape[:-1], 9, generator=generator).to(dtype)
+        results = []
+        for name, ranges in each.items():
+            leaves = [t if t is None else t.clone().requires_grad_() for t in (x, weight, offset)]
+            width = None if grad_bits is None else integer(grad_bits)
+            precision = integer(bits)
+            arguments = *leaves, *ranges, precision, 0.1, moves, True, width, integer(7)
+            with Watching() if name == "watched" else contextlib.nullcontext():
+                y = (one_by_one if name == "many" else F.moving_low_precision_linear)(*arguments)
+            assert name == "many" or ("_Direct" in y.grad_fn.name()) == (name == "direct")
+            precision.fill_(2)  # of the next forward: this backward must not see it
+            wanted = [leaf for leaf in leaves if leaf is not None]
+            grads = torch.autograd.grad(y, wanted, grad, retain_graph=True)
+            again = torch.autograd.grad(y, wanted, grad, create_graph=True)  # out of place
+            for first, second in zip(grads, again, strict=True):
+                assert_identical(first, second.detach())
+            results.append((y.detach(), *grads, *(tensor.clone() for tensor in ranges)))
+            y.relu_()  # not a view: activations may work in place
+        assert 0 < int((results[0][1] == 0).sum()) < x.numel() or x.numel() == 13
+        for result in results[:2]:
+            for actual, expected in zip(result, results[2], strict=True):
+                assert_identical(actual, expected)
+
+
+def test_frozen_parts_get_no_gradient():
+    x, weight, offset = torch.randn(4, 6), torch.randn(3, 6), torch.randn(3)
+    for wanted in itertools.product((True, False), repeat=3):
+        leaves = [t.clone().requires_grad_(flag) for t, flag in zip((x, weight, offset), wanted, strict=True)]
+        y = F.moving_low_precision_linear(*leaves, *state(-1.0, 1.0, 1))
+        assert y.requires_grad == any(wanted)
+        if any(wanted):
+            y.sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == list(wanted)
 
 
 @pytest.mark.parametrize("moves", [True, False])

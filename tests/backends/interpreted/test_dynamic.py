@@ -73,3 +73,25 @@ def test_moving_range(shape, dtype):
             ]
             for actual, expected in zip(*results, strict=True):
                 assert_identical(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (7,), (8,), (5, 57), (2, 3, 40), (3, 1400)], ids=str)
+def test_low_precision(shape, dtype):
+    """Operands of a layer, and the gradient that is stopped by them."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    weight = torch.randn(9, 21, generator=generator)
+    for moves, step, per_channel in ((True, 0, True), (True, 3, False), (False, 3, True), (False, 0, True)):
+        x = (torch.randn(shape, generator=generator) * 2).to(dtype)
+        results = []
+        for name in ("triton", "reference"):
+            state = torch.tensor(-0.5), torch.tensor(1.0), integer(step)
+            arguments = x, weight, *state, integer(4), 0.3, moves, per_channel
+            results.append((*kernels(name)["low_precision_operands_"](*arguments), *state))
+        for actual, expected in zip(*results, strict=True):
+            assert_identical(actual, expected)
+        grad = torch.randn(shape, generator=generator).to(dtype)
+        grads = grad.clone(), grad.clone()
+        for one, name in zip(grads, ("triton", "reference"), strict=True):
+            kernels(name)["stop_gradient_"](one, results[0][1])
+        assert_identical(*grads)

@@ -191,7 +191,7 @@ def test_a_seed_gives_the_same_numbers(settings: demo.Settings) -> None:
 
 @pytest.mark.parametrize(
     ("stop_at", "finished"),
-    [((2, 1), 5), ((2, 3), 5), ((3, 2), 6), ((6, 1), 8), ((7, 2), 9)],
+    [((2, 1), 5), ((2, 3), 5), ((4, 2), 7), ((7, 1), 9), ((8, 2), 10)],
 )
 def test_ctrl_c_keeps_what_is_finished(
     settings: demo.Settings, stop_at: tuple[int, int], finished: int
@@ -200,7 +200,7 @@ def test_ctrl_c_keeps_what_is_finished(
     label = LABELS[stop_at[0] - 1]
     kind = "finetuning" if label.startswith("tuning") else "training"
     name = label.removeprefix("tuning ")
-    assert results.note == f"stopped during the {kind} {name!r}: {finished} of 13 models are finished"
+    assert results.note == f"stopped during the {kind} {name!r}: {finished} of 15 models are finished"
     written = json.loads((settings.out / demo.RESULTS).read_text())
     assert written["note"] == results.note and len(written["rows"]) == finished
     assert (settings.out / demo.PICTURE).exists()
@@ -209,7 +209,7 @@ def test_ctrl_c_keeps_what_is_finished(
 
 def test_ctrl_c_before_anything_is_finished_writes_no_results(settings: demo.Settings) -> None:
     results = demo.run(settings, Silent((1, 1)))
-    assert results.note == "stopped during the training 'full precision': 0 of 13 models are finished"
+    assert results.note == "stopped during the training 'full precision': 0 of 15 models are finished"
     assert not (settings.out / demo.RESULTS).exists() and not (settings.out / demo.PICTURE).exists()
 
 

@@ -16,6 +16,18 @@ floor 0.15. Batch 256: dynamic 2.6 ms, the tile instructions alone 0.63; bf16 5.
 F.linear 5.2; fp32, three products of bytes, 6.4 ms against 28. What is missing there: operands and sums come
 from the second-level cache (10 to 14 ns a product instead of 4.8), codes are unpacked, outputs are written.
 int4 in groups of 128 from batch 64 on: sums leave the tiles after each group, as much work as the rest.
+Without tile instructions, on AMD Zen 4 (AVX-512 with VNNI and bf16): one core, CPU time, other programs
+running, so there is no CSV yet. Peak: vpdpbusd 216 G products/s, vdpbf16ps 109. 4096x4096, ours (fastest
+peer) in ms: dynamic int8 batch 4 0.48 (0.47), 16 2.0 to 2.7 (1.7 to 2.1), 64 6.0 (6.6), 256 23.3 (25.9);
+int8 with bf16 batch 4 1.1 (2.2), 16 3.8 (4.8), 64 12.3 (12.0), 256 44.5 (42.0, F.linear, which is 102 G
+products/s). What ideas gave there, dynamic unless said: vpdpbusd in assembly and sums in locals (of the
+intrinsic GCC 12 stores the sums each time), batch 4 1.4 to 0.62; asking for the next four rows, batch 1
+0.45 to 0.33, 4 0.62 to 0.46; sums of codes by vpsadbw, batch 1 0.33 to 0.29, 4 nothing; asking for the
+next chunk between products rather than at once, batch 16 2.7 to 2.0, 64 7.3 to 6.2; products of bf16
+instead of three of bytes, int8 with bf16 batch 64 17.9 to 11.9. Missing: below 0.9 of the fastest peer
+are int4 with bf16 at batch 4 on the small shapes (0.76, 0.86) and at several larger batches (down to
+0.78), and dynamic int8 at batch 16 (0.77 to 0.89) and on some small shapes: a chunk is unpacked before
+its products, not between them.
 Left out: the reference above 3072x768, where it takes up to a second a call; torch's packed products in fp32
 above batch 4, since they are plain loops there (3072x768, batch 16, one core: _weight_int8pack_mm 20 ms,
 _weight_int4pack_mm_for_cpu 58 ms, F.linear 1.6 ms). quantize_dynamic takes fp32 only.

@@ -1,6 +1,7 @@
 """int_linear over packed weights and its backward, against float64."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_against_float64(backend, bits, m, k, n, groups):
 EVEN_BF16 = 2.0**-15
 
 SIZES = {
-    "m": (0, 1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 100),
+    "m": (0, 1, 2, 3, 4, 5, 8, 12, 13, 15, 16, 17, 33, 64, 100),
     "k": (2, 30, 31, 64, 66, 127, 128, 200, 256, 1000, 4098),
     "n": (1, 3, 15, 16, 17, 31, 33, 64, 100),
     "group": (None, None, 2, 3, 5, 6, 25, 32, 33, 64, 128),
@@ -210,12 +211,13 @@ def use_threads():
 def test_threads_do_not_change_the_bits(use_threads):
     for bits, groups in ((8, 1), (8, 8), (4, 1), (4, 8)):
         packed = random_packed(257, 512, bits, groups, seeded(35))
-        for m in (1, 7, 40):
-            x, results = torch.randn(m, 512, generator=seeded(m)), []
-            for count in (1, 2):
+        for m, dtype in itertools.product((1, 4, 7, 13, 40), DTYPES):
+            x, results = torch.randn(m, 512, generator=seeded(m)).to(dtype), []
+            for count in (1, 2, 3):
                 use_threads(count)
                 results.append(F.int_linear(x, *packed.arguments, bits=bits))
-            assert_identical(*results)
+            assert_identical(results[0], results[1])
+            assert_identical(results[0], results[2])
 
 
 def test_shapes_of_x():

@@ -47,8 +47,8 @@ def test_prints_a_table(text: Path, tmp_path: Path) -> None:
     ):
         assert word in result.stdout
     assert "untuned: without finetuning, 1 steps" in result.stdout and "…" not in result.stdout
-    assert "11/11 int8 QAT" in result.stderr and "2/2" in result.stderr
-    assert "2/11 tuning iPQ after training" in result.stderr and "3/3" in result.stderr
+    assert "13/13 int8 QAT" in result.stderr and "2/2" in result.stderr
+    assert "2/13 tuning iPQ after training" in result.stderr and "3/3" in result.stderr
     assert "…" not in result.stderr
 
 
@@ -80,7 +80,7 @@ def test_json_is_results_json(text: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert printed == json.loads((tmp_path / "results.json").read_text())
-    assert len(printed["rows"]) == 13 and printed["settings"]["steps"] == 3
+    assert len(printed["rows"]) == 15 and printed["settings"]["steps"] == 3
     assert printed["environment"]["torch"] and printed["text"]["validation_files"] == [str(text)]
 
 

@@ -1,8 +1,8 @@
-"""For the tests of the CUDA kernels of pq_linear in the emulator."""
+"""For the tests of the GPU kernels of pq_linear, in the emulator and under the interpreter."""
 
 import torch
 
-SOURCES = (
+SOURCES = (  # of the CUDA kernels
     *("pq_linear", "pq_linear_few", "pq_linear_few_float", "pq_linear_tiles", "pq_linear_float"),
     *("pq_linear_codebook", "pq_linear_wgmma", "pq_linear_codebook_wgmma"),
 )

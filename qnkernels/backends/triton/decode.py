@@ -88,3 +88,16 @@ def step_weight(
         offset = code * d + within
         mask = inside[:, :, None] & (within < d)
     return tl.load(codebook_ptr + offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def as_matrix(w, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """w [ROWS, BLOCKS, SUB] as the operand [ROWS, COLUMNS] of a product.
+
+    In 16 bits adding zero keeps Triton 3.6 from reshaping it in shared memory, where wgmma has no layout for
+    short codewords ("Illegal shared layout").
+    """
+    w = tl.reshape(w, [ROWS, COLUMNS])
+    if w.dtype.primitive_bitwidth == 16:
+        w += 0.0
+    return w

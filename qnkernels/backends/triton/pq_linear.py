@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .decode import column_count, step_codes, step_columns, step_weight, steps
+from .decode import as_matrix, column_count, step_codes, step_columns, step_weight, steps
 from .launch import cdiv
 from .numeric import dot, from_fp32, to_fp32
 
@@ -65,7 +65,7 @@ def pq_linear_kernel(
             codes_ptr, row_stride, block_stride, out, out_inside, step, parts, n_blocks, BLOCKS
         )
         w = step_weight(code, known, codebook_ptr, n_centroids, step, parts, d, SUB, EXACT)
-        total = dot(x, tl.trans(tl.reshape(w, [BLOCK_N, BLOCKS * SUB])), total, "ieee")
+        total = dot(x, tl.trans(as_matrix(w, BLOCK_N, BLOCKS * SUB)), total, "ieee")
     if bias_ptr is not None:
         total += tl.load(bias_ptr + first_out + out, mask=out_inside, other=0.0)[None, :]
     y_ptr += (tl.program_id(1) * tl.cast(m, tl.int64) + first_row) * n + first_out

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ..fixed_point import exponent_below, unscaled
 from . import launch
-from .decode import column_count, step_codes, step_columns, step_weight, steps
+from .decode import as_matrix, column_count, step_codes, step_columns, step_weight, steps
 from .fixed_point import copies, fixed_point
 from .launch import cdiv
 from .numeric import dot, from_fp32
@@ -56,7 +56,7 @@ def pq_linear_grad_x_kernel(
             rows_ptr, row_stride, block_stride, out, out_inside, step, parts, n_blocks, BLOCKS
         )
         w = step_weight(code, known, codebook_ptr, n_centroids, step, parts, d, SUB, EXACT)
-        total = dot(grad, tl.reshape(w, [BLOCK_N, BLOCKS * SUB]), total, "ieee")
+        total = dot(grad, as_matrix(w, BLOCK_N, BLOCKS * SUB), total, "ieee")
     column, column_inside = step_columns(step, parts, n_blocks, d, BLOCKS, SUB, EXACT)
     grad_x_ptr += first_row * k
     grad_x = from_fp32(total, grad_x_ptr.dtype.element_ty)

@@ -57,7 +57,7 @@ def contenders(kind, device_type) -> list[Contender]:
     ]
 
 
-def case(kind, shape, dtype=torch.float32, quick=False) -> Case:
+def case(kind, shape, dtype=torch.float32, quick=False, devices=("cpu", "cuda")) -> Case:
     rows, columns = shape
     types = str(dtype).removeprefix("torch.")
     return Case(
@@ -69,21 +69,29 @@ def case(kind, shape, dtype=torch.float32, quick=False) -> Case:
         operations=0,
         inputs=partial(make_inputs, shape, dtype),
         contenders=partial(contenders, kind),
+        devices=devices,
         quick=quick,
     )
 
 
-MAIN = (3072, 768)
+MAIN, LARGE = (3072, 768), (8192, 8192)
 CASES = [
-    case(kind, shape, dtype, quick=shape == MAIN and dtype == torch.float32)
-    for kind in ("zero", "mean")
-    for shape, dtype in (
-        (MAIN, torch.float32),
-        (MAIN, torch.bfloat16),
-        ((768, 768), torch.float32),
-        ((4096, 4096), torch.float32),
-        ((1001, 776), torch.float32),
-    )
+    *(
+        case(kind, shape, dtype, quick=shape == MAIN and dtype == torch.float32)
+        for kind in ("zero", "mean")
+        for shape, dtype in (
+            (MAIN, torch.float32),
+            (MAIN, torch.bfloat16),
+            ((768, 768), torch.float32),
+            ((4096, 4096), torch.float32),
+            ((1001, 776), torch.float32),
+        )
+    ),
+    *(
+        case(kind, LARGE, dtype, quick=True, devices=("cuda",))
+        for kind in ("zero", "mean")
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
 ]
 
 

@@ -127,7 +127,15 @@ def backward_contenders(p, axis, dtype, device_type) -> list[Contender]:
 
 
 def case(
-    direction, shape, dtype=torch.float32, p=0.5, axis=None, out_dtype=None, target=None, quick=False
+    direction,
+    shape,
+    dtype=torch.float32,
+    p=0.5,
+    axis=None,
+    out_dtype=None,
+    target=None,
+    quick=False,
+    devices=("cpu", "cuda"),
 ) -> Case:
     out_dtype = out_dtype or dtype
     rows, columns = shape
@@ -145,13 +153,14 @@ def case(
         operations=0,
         inputs=partial(make_inputs, shape, dtype, out_dtype, axis),
         contenders=partial(forward_contenders if forward else backward_contenders, p, axis, out_dtype),
+        devices=devices,
         target=target,
         quick=quick,
         size=n,
     )
 
 
-MAIN = (3072, 768)
+MAIN, LARGE = (3072, 768), (8192, 8192)
 CASES = [
     case("forward", MAIN, target=2.0, quick=True),
     case("forward", MAIN, axis=0),
@@ -169,6 +178,11 @@ CASES = [
     case("backward", (768, 768)),
     case("backward", (4096, 4096)),
     case("backward", (1001, 777)),
+    *(
+        case(direction, LARGE, dtype, quick=True, devices=("cuda",))
+        for direction in ("forward", "backward")
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
 ]
 
 

@@ -257,7 +257,7 @@ def contenders(kind: Kind, dtype, shape, batch, device_type) -> list[Contender]:
     return found
 
 
-def case(kind: Kind, dtype, shape, batch) -> Case:
+def case(kind: Kind, dtype, shape, batch, device) -> Case:
     out, columns = shape
     codes, groups = out * columns * kind.bits // 8, columns // (GROUP[kind.bits] or columns)
     size = f"{out}x{columns} batch {batch}"
@@ -270,19 +270,32 @@ def case(kind: Kind, dtype, shape, batch) -> Case:
         operations=2 * batch * out * columns,
         inputs=partial(make_inputs, shape, batch, kind.bits, dtype),
         contenders=partial(contenders, kind, dtype, shape, batch),
-        quick=shape == (4096, 4096) and batch in (1, 16) and dtype == torch.bfloat16,
+        devices=(device,),
+        quick=shape == QUICK[device] and batch in (1, 16) and dtype == torch.bfloat16,
         size=batch,
     )
 
 
 SHAPES = ((768, 768), (3072, 768), (4096, 4096), (11008, 4096))  # out x in
 BATCHES = (1, 4, 16, 64, 256)
+GPU_SHAPES = ((4096, 4096), (8192, 8192))
+GPU_BATCHES = {torch.float32: (1, 256), torch.bfloat16: (1, 16, 256, 4096)}
+QUICK = {"cpu": (4096, 4096), "cuda": (8192, 8192)}
 CASES = [
-    case(kind, dtype, shape, batch)
-    for kind in KINDS
-    for dtype in SHORT
-    for shape in SHAPES
-    for batch in BATCHES
+    *(
+        case(kind, dtype, shape, batch, "cpu")
+        for kind in KINDS
+        for dtype in SHORT
+        for shape in SHAPES
+        for batch in BATCHES
+    ),
+    *(
+        case(kind, dtype, shape, batch, "cuda")
+        for kind in KINDS
+        for dtype in SHORT
+        for shape in GPU_SHAPES
+        for batch in GPU_BATCHES[dtype]
+    ),
 ]
 
 

@@ -226,7 +226,7 @@ def search_contenders(iterations, device_type) -> list[Contender]:
     return [*found, Contender("matmul", "ceiling", partial(products, iterations))]
 
 
-def case(op, n, d, n_clusters, iterations=1, quick=False) -> Case:
+def case(op, n, d, n_clusters, iterations=1, quick=False, devices=("cpu", "cuda")) -> Case:
     contenders = (
         partial(step_contenders, n * n_clusters)
         if op == "kmeans_step"
@@ -242,28 +242,46 @@ def case(op, n, d, n_clusters, iterations=1, quick=False) -> Case:
         operations=iterations * 2 * n * n_clusters * d,
         inputs=partial(make_inputs, n, d, n_clusters),
         contenders=contenders,
+        devices=devices,
         quick=quick,
         size=n_clusters,
     )
 
 
 N = 294_912  # a 3072x768 weight in blocks of 8
+M = 2_097_152  # a 4096x4096 weight in blocks of 8
 # (n, d, K, steps of a search); the slowest peer sets the number of steps
-SHAPES = (
-    (N, 8, 256, 15),
-    (N, 4, 256, 15),
-    (N, 16, 256, 15),
-    (N, 8, 16, 15),
-    (N, 8, 1024, 5),
-    (N, 8, 4096, 2),
-    (100_000, 8, 256, 15),
-    (1_000_000, 8, 256, 5),
-    (10_000_000, 8, 256, 2),
-)
+SHAPES = {
+    "cpu": (
+        (N, 8, 256, 15),
+        (N, 4, 256, 15),
+        (N, 16, 256, 15),
+        (N, 8, 16, 15),
+        (N, 8, 1024, 5),
+        (N, 8, 4096, 2),
+        (100_000, 8, 256, 15),
+        (1_000_000, 8, 256, 5),
+        (10_000_000, 8, 256, 2),
+    ),
+    "cuda": (
+        (M, 8, 256, 5),
+        (N, 8, 256, 15),
+        (M, 4, 256, 5),
+        (M, 16, 256, 5),
+        (M, 8, 1024, 5),
+        (M, 8, 4096, 2),
+    ),
+}
+QUICK = {"cpu": (N, 8, 256), "cuda": (M, 8, 256)}
 CASES = [
-    case(op, n, d, n_clusters, steps if op == "kmeans" else 1, quick=(n, d, n_clusters) == (N, 8, 256))
+    case(
+        *(op, n, d, n_clusters, steps if op == "kmeans" else 1),
+        quick=(n, d, n_clusters) == QUICK[device],
+        devices=(device,),
+    )
+    for device, shapes in SHAPES.items()
     for op in ("kmeans_step", "kmeans")
-    for n, d, n_clusters, steps in SHAPES
+    for n, d, n_clusters, steps in shapes
 ]
 
 

@@ -154,7 +154,9 @@ def step_contenders(dtype, device_type) -> list[Contender]:
     return [*ours("pq_linear_backward", device_type, our_step), *mma, *found]
 
 
-def case(shape, batch, d, n_centroids, dtype, training=False, target=None, quick=False) -> Case:
+def case(
+    shape, batch, d, n_centroids, dtype, training=False, target=None, quick=False, devices=("cpu", "cuda")
+) -> Case:
     out, columns = shape
     types = str(dtype).removeprefix("torch.")
     codes = out * columns // d * (1 if n_centroids <= 256 else 2)
@@ -168,27 +170,35 @@ def case(shape, batch, d, n_centroids, dtype, training=False, target=None, quick
         operations=passes * 2 * batch * out * columns,
         inputs=partial(make_inputs, shape, batch, d, n_centroids, dtype),
         contenders=partial(step_contenders, dtype) if training else partial(contenders, batch, dtype),
+        devices=devices,
         target=target,
         quick=quick,
         size=batch,
     )
 
 
-SQUARE, WIDE = (4096, 4096), (3072, 768)
+SQUARE, WIDE, LARGE = (4096, 4096), (3072, 768), (8192, 8192)
 TYPES = (torch.float32, torch.bfloat16)
 BATCHES = (1, 16, 256)
+CPU, GPU = dict(devices=("cpu",)), dict(devices=("cuda",))
 CASES = [
     *(
-        case(SQUARE, batch, 8, 256, dtype, target=1.2 if batch == 256 else None, quick=True)
+        case(SQUARE, batch, 8, 256, dtype, target=1.2 if batch == 256 else None, quick=True, **CPU)
         for dtype in TYPES
         for batch in BATCHES
     ),
-    *(case(SQUARE, batch, d, 256, torch.float32) for d in (4, 16) for batch in BATCHES),
-    *(case(SQUARE, batch, 8, K, torch.float32) for K in (16, 1024) for batch in BATCHES),
-    *(case(WIDE, batch, 8, 256, dtype) for dtype in TYPES for batch in BATCHES),
-    case(SQUARE, 512, 8, 256, torch.float32, training=True, target=1.0, quick=True),
-    case(SQUARE, 512, 8, 256, torch.bfloat16, training=True),
-    case(WIDE, 512, 8, 256, torch.float32, training=True),
+    *(case(SQUARE, batch, d, 256, torch.float32, **CPU) for d in (4, 16) for batch in BATCHES),
+    *(case(SQUARE, batch, 8, K, torch.float32, **CPU) for K in (16, 1024) for batch in BATCHES),
+    *(case(WIDE, batch, 8, 256, dtype, **CPU) for dtype in TYPES for batch in BATCHES),
+    case(SQUARE, 512, 8, 256, torch.float32, training=True, target=1.0, quick=True, **CPU),
+    case(SQUARE, 512, 8, 256, torch.bfloat16, training=True, **CPU),
+    case(WIDE, 512, 8, 256, torch.float32, training=True, **CPU),
+    *(case(LARGE, batch, 8, 256, torch.bfloat16, quick=True, **GPU) for batch in (*BATCHES, 4096)),
+    *(case(LARGE, batch, d, 256, torch.bfloat16, **GPU) for d in (4, 16) for batch in BATCHES),
+    *(case(LARGE, batch, 8, 1024, torch.bfloat16, **GPU) for batch in BATCHES),
+    *(case(SQUARE, batch, 8, 256, dtype, **GPU) for dtype in TYPES for batch in BATCHES),
+    *(case(LARGE, batch, 8, 256, torch.bfloat16, training=True, quick=True, **GPU) for batch in (512, 4096)),
+    case(SQUARE, 512, 8, 256, torch.float32, training=True, **GPU),
 ]
 
 

@@ -99,7 +99,7 @@ def _checked_points(points: torch.Tensor, n_clusters: int, n_iter: int) -> torch
 
 def _largest(points: torch.Tensor) -> float:
     """Largest magnitude among the points; NaN if there is one."""
-    low, high = torch.ops.qnkernels.minmax(points)
+    low, high = points.aminmax()
     return float(torch.maximum(-low, high))
 
 

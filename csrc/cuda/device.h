@@ -50,10 +50,12 @@ __device__ __forceinline__ f16 from_float<f16>(float x) {
 
 constexpr size_t kSharedWithoutAsking = 48 * 1024;  // bytes of shared memory that every launch may have
 
+// Static shared memory counts towards what a launch may have without asking; no kernel with dynamic memory has more of
+// it than half.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    Arguments... arguments) {
-    if (shared_bytes > kSharedWithoutAsking) {
+    if (shared_bytes > kSharedWithoutAsking / 2) {
         const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                        static_cast<int>(shared_bytes));
         if (error != cudaSuccess) return error;

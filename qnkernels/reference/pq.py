@@ -53,7 +53,7 @@ def pq_linear_backward(
 
 def pq_embedding(indices: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Rows of the decoded table: indices [count] int64 -> [count, n_blocks * d] in the dtype of codebook."""
-    return pq_decode(codes[indices.long()], codebook)
+    return pq_decode(_rows(codes, indices.long()), codebook)
 
 
 def pq_embedding_backward(
@@ -63,9 +63,16 @@ def pq_embedding_backward(
     the table, as if the table's gradient had been written out.
     """
     blocks = grad.to(_accumulate(grad.dtype)).reshape(indices.numel() * codes.shape[1], _width(grad, codes))
-    index = codes[indices].long().flatten()
+    index = _rows(codes, indices).long().flatten()
     total = blocks.new_zeros(n_centroids, blocks.shape[1]).index_add_(0, index, blocks)
     return total / _divisor(codes, n_centroids, mean)
+
+
+def _rows(codes: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """codes[indices], which torch does not do with uint16 on a GPU."""
+    if codes.dtype != torch.uint16:
+        return codes[indices]
+    return codes.view(torch.int16)[indices].view(torch.uint16)
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:

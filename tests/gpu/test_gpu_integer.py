@@ -1,5 +1,7 @@
 """The integer layers on a GPU, against float64 and the reference on the CPU."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers_int_linear import Packed, assert_within, exact_quantized
@@ -7,6 +9,7 @@ from numeric import assert_identical
 
 import qnkernels as qnk
 from qnkernels import functional as F
+from qnkernels.backends.cuda import use_wgmma
 from qnkernels.reference.int_linear import dequantize_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +37,7 @@ def assert_within_bound(actual, x, decoded, bias, dtype):
     k = x.shape[-1]
     weight_rounding = 0.0 if dtype == torch.float32 else EPSILON[dtype]
     bound = (weight_rounding + (k + 4) * 2.0**-24) * magnitude + 2 * EPSILON[dtype] * exact.abs()
-    error = (actual.cpu().double() - exact).abs()
+    error = (actual.to(exact.device).double() - exact).abs()
     assert actual.dtype == dtype
     assert (error <= bound + 1e-30).all(), f"error {(error / bound).max():.2f} times the bound"
 
@@ -77,6 +80,25 @@ def test_int_linear_of_a_layer(device, backend, dtype, bits, m):
             first, second = (F.int_linear(x_, *layer_, bias_, bits) for _ in range(2))
         assert_within_bound(first, x, dequantize_weight(*layer, bits), bias, dtype)
         assert torch.equal(first, second)
+
+
+@pytest.mark.of("int_linear")
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("m", [1, 3, 16, 64, 65, 300])
+@pytest.mark.parametrize(("n", "k", "groups"), [(8192, 8192, 1), (8200, 1024, 8), (1016, 4096, 32)])
+def test_int_linear_of_a_large_layer(device, backend, dtype, bits, m, n, k, groups):
+    """Enough outputs for every multiprocessor, with wgmma and without."""
+    generator = torch.Generator().manual_seed(m + bits + n)
+    x = (torch.randn(m, k, generator=generator) / 8).to(dtype)
+    layer = packed_layer(n, k, bits, groups, generator)
+    x, *layer = moved(device, x, *layer)
+    decoded = dequantize_weight(*layer, bits)
+    for where in ("never", "best") if backend == "cuda" else ("best",):
+        with qnk.backend(backend), use_wgmma(where) if backend == "cuda" else contextlib.nullcontext():
+            actual = F.int_linear(x, *layer, None, bits)
+        assert_within_bound(actual, x, decoded, None, dtype)
 
 
 @pytest.mark.of("int_linear_backward")

@@ -171,7 +171,10 @@ def test_block_noise(device, backend, dtype, kind, shape, block_size):
             expected = F.block_noise(weight, block_size, p, seed, kind)
         with qnk.backend(backend):
             actual = F.block_noise(weight.to(device), block_size, p, seed, kind)
-        assert_same_values(actual, expected)
+        if backend == "reference" and kind == "mean":  # torch adds in another order on a GPU
+            torch.testing.assert_close(actual.cpu(), expected)
+        else:
+            assert_same_values(actual, expected)
 
 
 @pytest.mark.of("block_noise")

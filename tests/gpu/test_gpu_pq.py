@@ -11,7 +11,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # rows, blocks, d, K
 WEIGHTS = ((1, 1, 1, 1), (33, 20, 8, 256), (67, 9, 4, 300), (17, 5, 9, 2), (40, 3, 33, 7))
-LARGE = ((768, 96, 8, 256), (1000, 129, 4, 1024), (513, 40, 16, 16), (130, 7, 64, 4000), (257, 33, 5, 200))
+LARGE = (
+    *((768, 96, 8, 256), (1000, 129, 4, 1024), (513, 40, 16, 16), (130, 7, 64, 4000), (257, 33, 5, 200)),
+    *((8192, 1024, 8, 256), (8456, 64, 4, 256)),  # enough outputs for every multiprocessor
+)
 
 
 def quantized(rows, n_blocks, d, n_centroids, dtype, transposed=False):
@@ -32,7 +35,7 @@ def moved(codes, device):
 def assert_within_bound(actual, exact, magnitude, terms):
     """|error| <= fp32 roundings of `terms` products and sums, and one rounding to the dtype."""
     bound = (terms + 8) * 2.0**-24 * magnitude + 2 * EPSILON[actual.dtype] * exact.abs() + 2.0**-25
-    error = (actual.detach().cpu().double() - exact).abs()
+    error = (actual.detach().double() - exact).abs()
     assert actual.shape == exact.shape
     assert (error <= bound).all(), f"error {(error / bound).max():.2f} times the bound"
 
@@ -47,10 +50,10 @@ def check_linear(device, backend, shape, m, dtype):
     with qnk.backend(backend):
         y = F.pq_linear(inputs[0], moved(codes, device), *inputs[1:], codebook_grad="sum")
         grads = torch.autograd.grad(y, inputs, grad.to(device))
-    x, grad, bias = x.double(), grad.double(), bias.double()
+    x, grad, bias, weight = (one.to(device).double() for one in (x, grad, bias, weight))
     assert_within_bound(y, x @ weight.t() + bias, x.abs() @ weight.abs().t() + bias.abs(), x.shape[1])
     assert_within_bound(grads[0], grad @ weight, grad.abs() @ weight.abs(), shape[0])
-    index = codes.long().flatten()
+    index = codes.to(device).long().flatten()
     dense = (grad.t() @ x, grad.abs().t() @ x.abs())
     sums = [
         one.new_zeros(shape[3], shape[2]).index_add_(0, index, one.reshape(len(index), -1)) for one in dense
@@ -166,7 +169,7 @@ def test_pq_decode_backward(device, backend, shape, dtype):
             one.new_zeros(shape[3], shape[2]).index_add_(0, index, one) / count
             for one in (blocks, blocks.abs())
         )
-        assert_within_bound(actual, mean, magnitude, shape[0] * shape[1])
+        assert_within_bound(actual.cpu(), mean, magnitude, shape[0] * shape[1])
 
 
 INDICES = ((), (0,), (1,), (5, 7))

@@ -3,6 +3,9 @@
 import importlib
 import itertools
 import random
+import weakref
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,3 +157,16 @@ def test_what_a_run_ran_on_is_complete():
     assert tuple(described) == environment.FIELDS
     assert described["threads"] == str(torch.get_num_threads()) and described["torch"] == torch.__version__
     assert described["cuda"] == described["driver"] == ""
+
+
+def test_a_graph_keeps_what_it_reads(monkeypatch):
+    """The inputs that a contender prepared live as long as its sampler: a replay would read freed memory."""
+    monkeypatch.setattr(samplers, "_between_events", lambda work: work() or 1e-3)
+    monkeypatch.setattr(samplers, "_capture", lambda work: SimpleNamespace(replay=lambda: None))
+    prepared = torch.ones(3)
+    alive = weakref.ref(prepared)
+    sample, *_ = samplers.sampler([partial(torch.neg, prepared)], 1e-3, torch.device("cuda"), capture=True)
+    del prepared
+    assert sample() > 0 and alive() is not None
+    del sample
+    assert alive() is None

@@ -63,7 +63,7 @@ def _on_cuda(runs: list[Callable], sample_seconds: float, capture: bool) -> Samp
         return lambda: _between_events(lambda: work(calls)) / calls, calls, "events"
     calls = min(calls, MAX_GRAPH_CALLS)
 
-    def sample(held: tuple = (runs, kept)) -> float:  # a graph reads what it was captured with, and owns nothing
+    def sample(held: tuple = (runs, kept)) -> float:  # which the graph reads and does not own
         return _between_events(graph.replay) / calls
 
     return sample, calls, "graph"

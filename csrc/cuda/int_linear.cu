@@ -44,17 +44,22 @@ Plan split(Plan plan, int64_t blocks, int blocks_each, int64_t turns) {
     return plan;
 }
 
+// Steps of a turn and warps of a block of the few-rows kernel: enough of the weight on its way, by one block or several.
+constexpr int few_run(int outputs) { return outputs == 16 ? 2 : 1; }
+int few_warps(int64_t blocks, int outputs) { return outputs == 16 && blocks >= 3 * processors() ? 4 : 8; }
+
 // aligned: x and weight start at multiples of 16 bytes.
 Plan plan_for(int64_t m, int64_t n, int64_t k, int64_t groups, int bits, size_t x_size, bool aligned) {
     if (k == 0) return {Kernel::General, 0, 0, 1, 1};
-    const int64_t group = groups == 1 ? 0 : k / groups, few_chunk = 512 / bits;
+    const int64_t group = groups == 1 ? 0 : k / groups, few_step = 512 / bits;
     const bool whole = k * bits / 8 % 16 == 0 && k * static_cast<int64_t>(x_size) % 16 == 0;
     if (!aligned || !whole || group % kUnit != 0) return {Kernel::General, 0, 0, 1, 1};
-    if (m <= kFewRows && group % few_chunk == 0) {
+    if (m <= kFewRows && group % few_step == 0) {
         // more outputs to a block where x is larger, as every block reads all of x
-        const int tiles = x_size == 4 ? 4 : m <= 2 ? 2 : m <= 8 ? 4 : 8, warps = m <= 8 ? 8 : 4;
-        const Plan plan{Kernel::Few, 8 * tiles, m <= 8 ? 8 : 16, 1, 1};
-        return split(plan, ceil_div(n, plan.outputs), kFewBlocks, ceil_div(ceil_div(k, few_chunk), warps));
+        const int outputs = m <= 2 ? 16 : m <= 8 || x_size == 4 ? 32 : 64;
+        const Plan plan{Kernel::Few, outputs, m <= 8 ? 8 : 16, 1, 1};
+        const int64_t blocks = ceil_div(n, outputs), columns = few_run(outputs) * few_step * few_warps(blocks, outputs);
+        return split(plan, blocks, kFewBlocks, ceil_div(k, columns));
     }
     if (m >= kWarpgroupRows && x_size == 2 && group % 64 == 0 && has_wgmma()) {
         const Plan plan{Kernel::Warpgroups, 128, 128, 1, 1};
@@ -64,11 +69,14 @@ Plan plan_for(int64_t m, int64_t n, int64_t k, int64_t groups, int bits, size_t 
     return split(plan, ceil_div(m, plan.rows) * ceil_div(n, plan.outputs), kTileBlocks, ceil_div(k, 64));
 }
 
-template <typename T, int Bits, int Rows, int Outputs>
+template <typename T, int Bits, int Rows, int Outputs, int Warps>
 cudaError_t launch_few(const Plan& plan, const IntLinear& a, cudaStream_t stream) {
-    using F = Few<T, Bits, Rows, Outputs / 8>;
+    constexpr int kRun = few_run(Outputs);
+    using F = Few<T, Bits, Rows / 8, Outputs / 16, kRun, Warps>;
     const dim3 grid(static_cast<unsigned>(ceil_div(a.n, Outputs)), static_cast<unsigned>(plan.parts));
-    return launch(int_linear_few_kernel<T, Bits, Rows, Outputs / 8>, grid, F::kThreads, F::kShared, stream, a);
+    const auto kernel = a.groups > 1 ? int_linear_few_kernel<T, Bits, Rows / 8, Outputs / 16, kRun, Warps, true>
+                                     : int_linear_few_kernel<T, Bits, Rows / 8, Outputs / 16, kRun, Warps, false>;
+    return launch(kernel, grid, F::kThreads, F::kShared, stream, a);
 }
 
 template <typename T, int Bits, int WarpRows>
@@ -102,9 +110,10 @@ cudaError_t launch_plan(const Plan& plan, const IntLinear& a, cudaStream_t strea
     if (plan.kernel == Kernel::Tiles)
         return plan.rows == 64 ? launch_tiles<T, Bits, 1>(plan, a, stream)
                                : launch_tiles<T, Bits, kPieces ? 1 : 2>(plan, a, stream);
-    if (plan.rows == 16) return launch_few<T, Bits, 16, kPieces ? 32 : 64>(plan, a, stream);
-    return plan.outputs == 32 ? launch_few<T, Bits, 8, 32>(plan, a, stream)
-                              : launch_few<T, Bits, 8, kPieces ? 32 : 16>(plan, a, stream);
+    if (plan.rows == 16) return launch_few<T, Bits, 16, kPieces ? 32 : 64, 8>(plan, a, stream);
+    if (plan.outputs == 32) return launch_few<T, Bits, 8, 32, 8>(plan, a, stream);
+    return few_warps(ceil_div(a.n, 16), 16) == 4 ? launch_few<T, Bits, 8, 16, 4>(plan, a, stream)
+                                                 : launch_few<T, Bits, 8, 16, 8>(plan, a, stream);
 }
 
 template <typename T>

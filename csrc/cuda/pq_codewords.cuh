@@ -111,12 +111,13 @@ struct CodeRun {
         return static_cast<int>(__byte_perm(codes.word[i / kPerWord], 0, selector));
     }
 
-    // of outputs `first` on; 0 past the last output or the last block
+    // of outputs `first` on; 0 past the last output or the last block. Whole: n is known to be a multiple of Count.
+    template <bool Whole = false>
     __device__ __forceinline__ void load(const PqWeight& w, int block, int first) {
         codes = {};
         if (block >= w.blocks || first >= w.n) return;
         const Code* from = static_cast<const Code*>(w.codes) + static_cast<int64_t>(block) * w.n + first;
-        if (w.n % Count == 0) {
+        if (Whole || w.n % Count == 0) {
             codes = *reinterpret_cast<const PqWords<Count / kPerWord>*>(from);
             return;
         }
@@ -152,11 +153,11 @@ struct OctetPlace {
 };
 
 // Elements first to first + 7 of a row [length] of 16-bit values, 0 past its end; rows are 16-byte aligned where length
-// is a multiple of 8.
-template <typename T>
+// is a multiple of 8, which Whole says is known.
+template <bool Whole = false, typename T>
 __device__ __forceinline__ PqWords<4> load_octet(const T* row, int first, int length) {
     PqWords<4> octet = {};
-    if (length % 8 == 0) {
+    if (Whole || length % 8 == 0) {
         if (first < length) octet = *reinterpret_cast<const PqWords<4>*>(row + first);
         return octet;
     }

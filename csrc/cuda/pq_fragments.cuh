@@ -15,9 +15,10 @@ template <typename Code, int Width, int Count>
 struct OctetCodes {
     CodeRun<Code, Count> run[8 / Width];
 
+    template <bool Whole = false>
     __device__ __forceinline__ void load(const PqWeight& w, const OctetPlace<Width>& place, int first_output) {
 #pragma unroll
-        for (int h = 0; h < 8 / Width; ++h) run[h].load(w, place.block[h], first_output);
+        for (int h = 0; h < 8 / Width; ++h) run[h].template load<Whole>(w, place.block[h], first_output);
     }
 };
 

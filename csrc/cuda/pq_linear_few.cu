@@ -24,12 +24,16 @@ namespace {
 constexpr int kWarps = 16, kThreads = 32 * kWarps;
 constexpr int kMinSteps = 2 * kWarps;
 
-template <typename T, typename Code, int Width, bool InShared, int Run>
+// Whole: n is a multiple of Run and the columns of 8. Octets of tokens: 1 or 2.
+template <typename T, typename Code, int Width, bool InShared, int Run, int Octets, bool Whole>
 __global__ void __launch_bounds__(kThreads)
     pq_linear_few_kernel(const T* __restrict__ x, PqWeight w, CodewordTable table, PqOutput out, int m) {
     constexpr int kOutputs = 8 * Run;
-    // steps whose codes are under way while as many are multiplied: 16 to 64 bytes of a thread
-    constexpr int kAhead = sizeof(OctetCodes<Code, Width, Run>) > 8 ? 2 : 4;
+    // steps whose codes are under way while as many are multiplied (2 to 8: up to 64 bytes of a thread), and whose x is
+    constexpr int kAhead = 64 / Octets / sizeof(OctetCodes<Code, Width, Run>) > 8
+                               ? 8
+                               : 64 / Octets / sizeof(OctetCodes<Code, Width, Run>);
+    constexpr int kAheadX = Octets == 1 && kAhead > 2 ? 4 : 2;
     QNK_SHARED_MEMORY(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first_output = blockIdx.x * kOutputs;
@@ -44,24 +48,24 @@ __global__ void __launch_bounds__(kThreads)
     const auto load = [&] {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            next[i].load(w, ahead, first_output + g * Run);
+            next[i].template load<Whole>(w, ahead, first_output + g * Run);
             ahead.advance(by, pieces);
         }
     };
     load();
-    // of a step: the octet of tokens g and g + 8; kAhead is even, so that every other step takes the same registers
-    PqWords<4> octets[2][2];
+    // of a step: the octet of tokens g and g + 8
+    PqWords<4> octets[kAheadX][2] = {};
     int octet = first_octet;
     const auto load_x = [&](PqWords<4>(&to)[2]) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < Octets; ++i) {
             const int token = g + 8 * i;
-            to[i] = {};
-            if (token < m) to[i] = load_octet(x + static_cast<int64_t>(token) * columns, octet * 8, columns);
+            if (token < m) to[i] = load_octet<Whole>(x + static_cast<int64_t>(token) * columns, octet * 8, columns);
         }
         octet += stride * 4;
     };
-    load_x(octets[0]);
+#pragma unroll
+    for (int i = 0; i < kAheadX - 1; ++i) load_x(octets[i]);
     Codewords<Width, InShared>::fill(w, table, shared);
     __syncthreads();
 
@@ -74,31 +78,36 @@ __global__ void __launch_bounds__(kThreads)
         load();
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            load_x(octets[(i + 1) % 2]);
+            load_x(octets[(i + kAheadX - 1) % kAheadX]);
             if (step + i * stride < steps)
-                multiply_few<T>(sums, codewords, codes[i], place, w.blocks, octets[i % 2], zero);
+                multiply_few<T>(sums, codewords, codes[i], place, w.blocks, octets[i % kAheadX], zero);
             place.advance(by, pieces);
         }
     }
 
-    __syncthreads();  // the table has been read: the sums of all warps, [warp][token][output], take its place
+    // The table has been read: the sums of all warps, [warp][token][i][of 8 runs], take its place. A token's are a
+    // quarter of the banks further than those of the one before.
+    constexpr int kTokenWords = kOutputs + 8;
+    __syncthreads();
     float* all = reinterpret_cast<float*>(shared);
-    const int tokens = (m + 7) / 8 * 8;
 #pragma unroll
-    for (int i = 0; i < Run; ++i)
+    for (int half = 0; half < Octets; ++half) {
+        const int token = g + half * 8;
+        if (token >= m) continue;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int of_token = g + j / 2 * 8, output = (2 * t + j % 2) * Run + i;
-            if (of_token < tokens) all[(warp * tokens + of_token) * kOutputs + output] = sums[i][j];
-        }
+        for (int i = 0; i < Run; ++i)
+            *reinterpret_cast<float2*>(all + (warp * m + token) * kTokenWords + i * 8 + 2 * t) =
+                make_float2(sums[i][2 * half], sums[i][2 * half + 1]);
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < m * kOutputs; i += kThreads) {
-        const int of_token = i / kOutputs, output = first_output + i % kOutputs;
+        const int token = i / kOutputs, output = first_output + i % kOutputs, of_run = i % Run, run = i % kOutputs / Run;
         if (output >= w.n) continue;
-        float total = all[i];
+        const float* of_warp = all + token * kTokenWords + of_run * 8 + run;
+        float total = *of_warp;
 #pragma unroll
-        for (int other = 1; other < kWarps; ++other) total += all[other * tokens * kOutputs + i];
-        const int64_t at = static_cast<int64_t>(of_token) * w.n + output;
+        for (int other = 1; other < kWarps; ++other) total += of_warp[other * m * kTokenWords];
+        const int64_t at = static_cast<int64_t>(token) * w.n + output;
         if (out.parts)
             out.parts[static_cast<int64_t>(blockIdx.y) * m * w.n + at] = total;
         else
@@ -110,16 +119,26 @@ bool table_fits(const PqWeight& w) { return codeword_table(w, w.d % 8 ? 4 : 8, 0
 
 // Adjacent outputs of a thread, an eighth of those of a block: fewer where more would leave multiprocessors idle, or
 // registers short.
-int run_of(const PqWeight& w) { return table_fits(w) && (w.n + 63) / 64 * 10 >= processors() * 9 ? 8 : 4; }
+int run_of(const PqWeight& w) {
+    const bool whole = w.n % 8 == 0 && w.columns() % 8 == 0;
+    return whole && table_fits(w) && (w.n + 63) / 64 * 10 >= processors() * 9 ? 8 : 4;
+}
 
 template <typename T, typename Code, int Width, bool InShared, int Run>
 cudaError_t launch_few(const T* x, const PqWeight& w, const CodewordTable& table, const PqOutput& out, int m,
                        cudaStream_t stream) {
-    const int sums_bytes = kWarps * ((m + 7) / 8 * 8) * 8 * Run * 4;
+    const int sums_bytes = kWarps * m * (8 * Run + 8) * 4;
     const int bytes = table.bytes > sums_bytes ? table.bytes : sums_bytes;
     const dim3 grid((w.n + 8 * Run - 1) / (8 * Run), out.splits);
-    return launch(pq_linear_few_kernel<T, Code, Width, InShared, Run>, grid, dim3(kThreads), bytes, stream, x, w, table,
-                  out, m);
+    const auto of = [&](auto octets, auto whole) {
+        return launch(pq_linear_few_kernel<T, Code, Width, InShared, Run, octets, whole>, grid, dim3(kThreads), bytes,
+                      stream, x, w, table, out, m);
+    };
+    const std::integral_constant<int, 1> one;
+    const std::integral_constant<int, 2> two;
+    if constexpr (Run == 4)  // see run_of
+        if (w.n % 4 != 0 || w.columns() % 8 != 0) return of(two, std::false_type());
+    return m <= 8 ? of(one, std::true_type()) : of(two, std::true_type());
 }
 
 }  // namespace

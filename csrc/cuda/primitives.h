@@ -86,6 +86,15 @@ __device__ __forceinline__ void prefetch_l2(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
+// 16 bytes that nobody reads again soon: past the L1 cache, which keeps what is read more than once.
+__device__ __forceinline__ uint4 load_once_16(const void* global) {
+    uint4 value;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(global));
+    return value;
+}
+
 // Copies 16 bytes from global to shared memory, both 16-byte aligned, of which the first `bytes` are read and the
 // others 0; `from` is not read at all where bytes is 0. It lands at the wait for its group.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, int bytes = 16) {

@@ -82,6 +82,7 @@ inline void ldmatrix_x2(uint32_t (&word)[2], const void* row) { emulator::ldmatr
 inline void ldmatrix_x2_trans(uint32_t (&word)[2], const void* row) { emulator::ldmatrix<2, true>(word, row); }
 
 inline void prefetch_l2(const void*) {}
+inline uint4 load_once_16(const void* global) { return *static_cast<const uint4*>(global); }
 
 // The copy happens at the wait. Until then its target holds poison, as what is there on a GPU is undefined.
 template <int Size>

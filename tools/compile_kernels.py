@@ -26,7 +26,13 @@ TRITON_ARCHS = {80: 108, 90: 132}
 CUDA_ARCHS = ("sm_80", "sm_90a")
 LIBRARY = ROOT / "qnkernels" / "lib" / "libqnkernels_cuda.so"
 # Not rounded once per operation: the quantizers would differ from the reference.
-INEXACT = re.compile(r"\b(?:fma\.rn|div\.full|\w+(?:\.\w+)*\.(?:approx|ftz))\S*")
+APPROXIMATE = r"\b(?:div\.full|\w+(?:\.\w+)*\.(?:approx|ftz))\S*"
+INEXACT = re.compile(rf"\bfma\.rn\S*|{APPROXIMATE}")
+# Their only fma are those of numeric.quotient_by_one, which is tested to round as a division does.
+DIVIDE_BY_FMA = (
+    *("fake_quantize_kernel", "sample_fake_quantize_kernel", "random_fake_quantize_kernel"),
+    "nearest_and_outside_kernel",
+)
 # ptxas found registers of wgmma in use while it runs, and made it wait.
 SERIALIZED = re.compile(
     r"(?:wgmma\S* instructions are serialized|warpgroup\.\w+ is injected).* function '(\w+)'"
@@ -88,9 +94,9 @@ def triton_kernels(arch: int) -> list[Compiled]:
             return
         one.registers, one.spills = cubin_usage(binary.asm["cubin"])
         one.shared = binary.metadata.shared
-        inexact = INEXACT.search(binary.asm["ptx"])
-        if inexact and one.kernel not in MAY_FUSE:
-            one.error = f"not exact: {inexact[0]}"
+        inexact = inexact_instruction(one.kernel, binary.asm["ptx"])
+        if inexact:
+            one.error = f"not exact: {inexact}"
         found[binary.hash] = one
 
     launch.run = compile_only
@@ -104,6 +110,14 @@ def triton_kernels(arch: int) -> list[Compiled]:
         *found.values(),
         *(Compiled(name, "", f"sm_{arch}", error="no call reaches it") for name in missed),
     ]
+
+
+def inexact_instruction(kernel: str, ptx: str) -> str | None:
+    """The first instruction in `ptx` that `kernel` may not have, or None."""
+    if kernel in MAY_FUSE:
+        return None
+    found = re.search(APPROXIMATE, ptx) if kernel in DIVIDE_BY_FMA else INEXACT.search(ptx)
+    return found and found[0]
 
 
 def _kernel_names() -> set[str]:

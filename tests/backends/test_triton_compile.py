@@ -187,3 +187,11 @@ def test_inexact_instructions_are_seen(program, text):
 )
 def test_exact_instructions_pass(program, text):
     assert not program.INEXACT.search(f"\t{text} \t%f1, %f2, %f3;")
+
+
+def test_fma_is_for_the_kernels_that_divide_by_it(program):
+    fma, approximate = "fma.rn.f32 \t%f1, %f2, %f3, %f4;", "rcp.approx.ftz.f32 %f1, %f2;"
+    assert program.inexact_instruction("minmax_kernel", fma) == "fma.rn.f32"
+    assert program.inexact_instruction("fake_quantize_kernel", fma) is None
+    assert program.inexact_instruction("fake_quantize_kernel", fma + approximate) == "rcp.approx.ftz.f32"
+    assert program.inexact_instruction("pq_linear_kernel", fma) is None

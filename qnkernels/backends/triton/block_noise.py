@@ -27,6 +27,18 @@ def _block_mean(weight_ptr, rows, width, inside):
 
 
 @triton.jit
+def _add_columns(total, x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """total fp32 [ROWS] plus the columns of x [ROWS, COLS], one after another."""
+    if COLS == 1:
+        total += tl.reshape(x, [ROWS])
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLS // 2]), (0, 2, 1)))
+        total = _add_columns(total, left, ROWS, COLS // 2)
+        total = _add_columns(total, right, ROWS, COLS // 2)
+    return total
+
+
+@triton.jit
 def _tile(
     weight_ptr,
     out_ptr,
@@ -35,6 +47,7 @@ def _tile(
     noised,
     factor,
     MEAN: tl.constexpr,
+    KEPT: tl.constexpr,
     FULL: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -42,13 +55,16 @@ def _tile(
     row = tl.arange(0, ROWS)
     rows = row * width
     inside_row = None if FULL else row < left
-    if MEAN:
+    if MEAN and not KEPT:
         noise = _block_mean(weight_ptr, rows, width, inside_row)[:, None]
     for start in range(0, width, COLS):
         column = start + tl.arange(0, COLS)[None, :]
         offset = rows[:, None] + column
         inside = None if FULL else inside_row[:, None] & (column < width)
         x = to_fp32(tl.load(weight_ptr + offset, mask=inside))
+        if KEPT:  # COLS is a power of two, whose reciprocal is exact; -0 changes nothing that is added to it
+            total = _add_columns(tl.full([ROWS], -0.0, tl.float32), x, ROWS, COLS)
+            noise = (total * (1.0 / COLS))[:, None]
         if MEAN:
             y = tl.where(noised, noise, x)
         else:
@@ -78,17 +94,19 @@ def block_noise_kernel(
     first = tl.program_id(0).to(tl.int64) * ROWS
     left = blocks - first
     noised = tl.reshape(noise_mask(first // 8, seed_ptr, threshold, ROWS // 8), [ROWS])[:, None]
+    # a thread, or two next to each other, have the whole of a short block
+    KEPT: tl.constexpr = MEAN and EXACT and COLS <= 8
     if EXACT:
         weight_ptr += first * COLS
         out_ptr += first * COLS
         if left >= ROWS:
-            _tile(weight_ptr, out_ptr, COLS, left, noised, factor, MEAN, True, ROWS, COLS)
+            _tile(weight_ptr, out_ptr, COLS, left, noised, factor, MEAN, KEPT, True, ROWS, COLS)
         else:
-            _tile(weight_ptr, out_ptr, COLS, left, noised, factor, MEAN, False, ROWS, COLS)
+            _tile(weight_ptr, out_ptr, COLS, left, noised, factor, MEAN, KEPT, False, ROWS, COLS)
     else:
         weight_ptr += first * block_size
         out_ptr += first * block_size
-        _tile(weight_ptr, out_ptr, block_size, left, noised, factor, MEAN, False, ROWS, COLS)
+        _tile(weight_ptr, out_ptr, block_size, left, noised, factor, MEAN, False, False, ROWS, COLS)
 
 
 def block_noise(weight, block_size, p, seed, kind, rescale, dtype=None, codebook=None):

@@ -8,15 +8,15 @@ from ...reference.philox import threshold
 from ..native import layout
 from . import launch
 from .launch import cdiv
-from .numeric import from_fp32, largest_code, nearest_code, to_fp32
+from .numeric import at_levels_of_one, from_fp32, largest_code, nearest_code, to_fp32
 from .philox import noise_mask
 
-# Elements of a program: 8 per thread, which share one Philox call and move in 16-byte accesses.
-BLOCK = 1024
+# Elements of a program: 16 per thread; 8 share one Philox call, and all what is scalar.
+BLOCK = 2048
 WARPS = 4
 
-# How elements find their scale (SPAN): one for all, one per 8 consecutive elements, one per element.
-PER_TENSOR, PER_EIGHT, PER_ELEMENT = 0, 8, 1
+# How elements find their scale (SPAN): one for all, per tile, per 8 consecutive elements, per element.
+PER_TENSOR, PER_TILE, PER_EIGHT, PER_ELEMENT = 0, BLOCK, 8, 1
 
 
 @triton.jit
@@ -38,6 +38,8 @@ def quantizer(scale_ptr, zero_point_ptr, first, channels, inner, BLOCK: tl.const
     """
     if SPAN == 0:
         index = 0
+    elif SPAN == BLOCK:
+        index = first // inner % channels
     else:
         offset = tl.arange(0, BLOCK // 8)[:, None] * 8
         if SPAN == 1:
@@ -72,7 +74,11 @@ def _forward_tile(
     inside = None if FULL else offset < n - first
     x = to_fp32(tl.load(x_ptr + first + offset, mask=inside))
     scale, zero_point = quantizer(scale_ptr, zero_point_ptr, first, channels, inner, BLOCK, SPAN)
-    y = (nearest_code(x, scale, zero_point, largest_code(bits_ptr)) - zero_point) * scale
+    top = largest_code(bits_ptr)
+    if SPAN == 0 or SPAN == BLOCK:
+        y = at_levels_of_one(x, scale, zero_point, top)
+    else:
+        y = (nearest_code(x, scale, zero_point, top) - zero_point) * scale
     if DRAW:
         y = tl.where(noise_mask(first // 8, seed_ptr, threshold, BLOCK // 8), y, x)
     tl.store(y_ptr + first + offset, from_fp32(y, y_ptr.dtype.element_ty), mask=inside)
@@ -187,6 +193,8 @@ def fake_quantize_backward_kernel(
 def span(channels: int, inner: int) -> int:
     if channels == 1:
         return PER_TENSOR
+    if inner % BLOCK == 0:
+        return PER_TILE
     return PER_EIGHT if inner % 8 == 0 else PER_ELEMENT
 
 

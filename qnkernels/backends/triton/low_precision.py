@@ -8,9 +8,27 @@ from . import launch
 from .dynamic import dynamic_fake_quantize
 from .fake_quantize import BLOCK, WARPS
 from .launch import cdiv
-from .numeric import from_fp32, largest_code, nearest_code, to_fp32
+from .numeric import at_levels_of_one, from_fp32, largest_code, to_fp32
 from .parameters import quantization_parameters
 from .range import update_range_
+
+
+@triton.jit
+def _nearest_and_outside_tile(
+    x_ptr, y_ptr, outside_ptr, left, scale, zero_point, top, FULL: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The next min(left, BLOCK) elements."""
+    row = tl.arange(0, BLOCK // 8)
+    offset = row[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = None if FULL else offset < left
+    x = to_fp32(tl.load(x_ptr + offset, mask=inside))
+    y = at_levels_of_one(x, scale, zero_point, top)
+    tl.store(y_ptr + offset, from_fp32(y, y_ptr.dtype.element_ty), mask=inside)
+    stopped = (x < (0.0 - zero_point) * scale) | (x > (top - zero_point) * scale)
+    if not FULL:
+        stopped = stopped & inside
+    bits = tl.sum(stopped.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+    tl.store(outside_ptr + row, bits.to(tl.uint8), mask=None if FULL else row * 8 < left)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -22,19 +40,14 @@ def nearest_and_outside_kernel(
     x, y [n]. Floor: bytes of x + bytes of y + 1/8 per element.
     """
     first = tl.program_id(0).to(n.dtype) * BLOCK
-    row = tl.arange(0, BLOCK // 8)
-    offset = row[:, None] * 8 + tl.arange(0, 8)[None, :]
-    inside = offset < n - first
-    x = to_fp32(tl.load(x_ptr + first + offset, mask=inside, other=0.0))
-    # a shape for the division, which broadcasts nothing
-    scale, zero_point = tl.load(scale_ptr), tl.zeros_like(x) + tl.load(zero_point_ptr)
-    scale = tl.zeros_like(x) + scale
-    top = largest_code(bits_ptr)
-    y = (nearest_code(x, scale, zero_point, top) - zero_point) * scale
-    tl.store(y_ptr + first + offset, from_fp32(y, y_ptr.dtype.element_ty), mask=inside)
-    stopped = (x < (0.0 - zero_point) * scale) | (x > (top - zero_point) * scale)
-    bits = tl.sum(stopped.to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
-    tl.store(outside_ptr + first // 8 + row, bits.to(tl.uint8), mask=row * 8 < n - first)
+    x_ptr += first
+    y_ptr += first
+    outside_ptr += first // 8
+    scale, zero_point, top = tl.load(scale_ptr), tl.load(zero_point_ptr), largest_code(bits_ptr)
+    if n - first >= BLOCK:
+        _nearest_and_outside_tile(x_ptr, y_ptr, outside_ptr, n - first, scale, zero_point, top, True, BLOCK)
+    else:
+        _nearest_and_outside_tile(x_ptr, y_ptr, outside_ptr, n - first, scale, zero_point, top, False, BLOCK)
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -3,22 +3,36 @@
 import triton
 import triton.language as tl
 
+from .numeric import SOFT
+
+
+@triton.jit
+def _halves(a, FACTOR: tl.constexpr):
+    """High and low 32 bits of a * FACTOR, from one instruction: LLVM would make it several."""
+    if SOFT:
+        product = a.to(tl.uint64) * FACTOR
+        high, low = (product >> 32).to(tl.uint32), product.to(tl.uint32)
+    else:
+        high, low = tl.inline_asm_elementwise(
+            "{ .reg .u64 p; mul.wide.u32 p, $2, $3; mov.b64 {$1, $0}, p; }",
+            "=r,=r,r,r",
+            [a, tl.full([], FACTOR, tl.uint32)],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    return high, low
+
 
 @triton.jit
 def philox(c0, c1, k0, k1):
-    """Four uint32 words for counters (c0, c1, 0, 0), uint32 [n], under the key (k0, k1).
-
-    Products are taken in 64 bits: one wide multiplication gives both halves.
-    """
+    """Four uint32 words for counters (c0, c1, 0, 0), uint32 [n], under the key (k0, k1)."""
     c2 = tl.zeros_like(c0)
     c3 = tl.zeros_like(c0)
     for _ in tl.static_range(10):
-        product0 = c0.to(tl.uint64) * 0xD2511F53
-        product1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1 = product1.to(tl.uint32)
-        c3 = product0.to(tl.uint32)
+        high0, low0 = _halves(c0, 0xD2511F53)
+        high1, low1 = _halves(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False).to(tl.uint32)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False).to(tl.uint32)
     return c0, c1, c2, c3

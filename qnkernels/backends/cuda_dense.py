@@ -92,7 +92,8 @@ def by_slices(
 ) -> torch.Tensor:
     """y [m, count * width] <- x [m, k] @ W + bias, where decoded(i, j) [k, (j - i) * width] are columns of W.
 
-    Columns of y have its row stride as leading dimension, which cuBLAS takes as it is: no copy is made.
+    Columns of y have its row stride as leading dimension, which cuBLAS takes as it is: no copy is made. A
+    bias costs a pass over y: addmm writes it there, and cuBLAS adds the products and rounds once.
     """
     step = slice_size(*x.shape, width, x.element_size())
     bias = None if bias is None else bias.to(x.dtype)

@@ -16,7 +16,7 @@ class PqKernels:
         return self.pq_decode_slice(_by_block(codes), codebook, 0, len(codes))
 
     def pq_linear(self, x, codes, codebook, bias):
-        """The codebook is rounded to the dtype of x, and products are added in fp32."""
+        """The codebook is rounded to the dtype of x, and products are added in fp32; many: cuda_dense."""
         (m, _), (n, n_blocks), (k, d) = x.shape, codes.shape, codebook.shape
         y = x.new_empty(m, n)
         if y.numel() == 0:

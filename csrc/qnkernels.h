@@ -186,6 +186,10 @@ QNK_API int qnk_cuda_int_linear(const void* x, int dtype, const uint8_t* weight,
                                 void* stream);
 QNK_API int qnk_cuda_int_linear_parts(int dtype, int64_t m, int64_t n, int64_t k, int64_t groups, int bits);
 
+// out [n, k] <- the decoded weight [n, k * bits / 8], rounded to fp32 and then to out_dtype. zero_point may be null.
+QNK_API int qnk_cuda_int_decode(const uint8_t* weight, const float* scale, const uint8_t* zero_point, void* out,
+                                int out_dtype, int64_t n, int64_t k, int64_t groups, int bits, void* stream);
+
 // As qnk_cpu_pq_linear, with codebook [k, d] in the dtype of x; d a multiple of 4, arrays 16-byte aligned. Codes past
 // the codebook read its last codeword. Where the number of parts below is not 1, the sums are taken in so many parts,
 // which need workspace fp32 [parts, m, n].
@@ -201,6 +205,12 @@ QNK_API int qnk_cuda_pq_linear_backward(const void* grad, const void* x, int dty
                                         const void* codebook, void* grad_x, int64_t* sums, int64_t* counts,
                                         const int64_t* exponent, int64_t m, int64_t n, int64_t blocks, int64_t k,
                                         int64_t d, void* stream);
+
+// out [count, blocks * d] <- rows first to first + count - 1 of the decoded weight: codes [blocks, n], codebook [k, d] in
+// dtype, that of out. Any d; codes past the codebook read its last codeword. first is a multiple of 16; out and codebook
+// are 16-byte aligned, and codes where a row of them is whole units of 16 bytes.
+QNK_API int qnk_cuda_pq_decode(const void* codes, int code_bytes, const void* codebook, int dtype, void* out, int64_t n,
+                               int64_t blocks, int64_t k, int64_t d, int64_t first, int64_t count, void* stream);
 
 // As on the CPU, but codes outside [0, k) are left out of sums. work: kmeans_work_bytes, for the kernels alone.
 QNK_API int qnk_cuda_kmeans_work_bytes(int64_t d, int64_t k);

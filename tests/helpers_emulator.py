@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from qnkernels.backends.cuda import CudaKernels
-from qnkernels.backends.native import CUDA_ARGTYPES, CUDA_QUERIES, declare
+from qnkernels.backends.native import CUDA_ARGTYPES, CUDA_QUERIES, CUDA_STEPS, declare
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "tests" / "native" / "emulator"
@@ -122,7 +122,7 @@ class Memory(TorchDispatchMode):
 class EmulatedKernels(CudaKernels):
     """The bindings of the CUDA library on CPU tensors."""
 
-    def __init__(self, loaded: ctypes.CDLL, argtypes: dict[str, list] = CUDA_ARGTYPES) -> None:
+    def __init__(self, loaded: ctypes.CDLL, argtypes: dict[str, list] = CUDA_ARGTYPES | CUDA_STEPS) -> None:
         functions = argtypes | CUDA_QUERIES
         present = {name: types for name, types in functions.items() if hasattr(loaded, f"qnk_cuda_{name}")}
         super().__init__(declare(loaded, "cuda", present), loaded.qnk_cuda_last_error)
@@ -137,6 +137,10 @@ class EmulatedKernels(CudaKernels):
 
     def _query(self, name: str, device: torch.device, *arguments) -> int:
         return self._c[name](*arguments)
+
+    def is_dense(self, x: torch.Tensor) -> bool:
+        """As on a GPU where decode.cu is among the sources; others are tested with any number of tokens."""
+        return "int_decode" in self._c and super().is_dense(x)
 
     def run(self, op: str, *arguments, **keywords):
         """One op in every order; its result if they agree."""

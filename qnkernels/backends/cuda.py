@@ -9,11 +9,13 @@ import torch
 
 from ..reference.philox import threshold
 from . import BackendUnavailable
+from .cuda_dense import DenseKernels
 from .cuda_kmeans import KMeansKernels
 from .cuda_pq import PqKernels
 from .native import (
     CUDA_ARGTYPES,
     CUDA_QUERIES,
+    CUDA_STEPS,
     DTYPES,
     declare,
     layout,
@@ -27,7 +29,7 @@ CUDA_ERROR = 5
 
 def load() -> dict[str, Callable]:
     library = open_library("cuda")
-    functions = declare(library, "cuda", CUDA_ARGTYPES | CUDA_QUERIES)
+    functions = declare(library, "cuda", CUDA_ARGTYPES | CUDA_STEPS | CUDA_QUERIES)
     if not torch.cuda.is_available():
         raise BackendUnavailable(
             "torch sees no CUDA device; install a CUDA build of torch on a machine with a GPU"
@@ -48,7 +50,7 @@ def use_wgmma(where: Literal["never", "best", "possible"]) -> Iterator[None]:
         use(before)
 
 
-class CudaKernels(PqKernels, KMeansKernels):
+class CudaKernels(PqKernels, DenseKernels, KMeansKernels):
     """One method per op, with the signature of the reference; tensors are contiguous and checked."""
 
     def __init__(self, functions: dict, last_error: Callable) -> None:
@@ -83,6 +85,8 @@ class CudaKernels(PqKernels, KMeansKernels):
     def int_linear(self, x, weight, scale, zero_point, bias, bits):
         (m, k), (n, groups) = x.shape, scale.shape
         y = x.new_empty(m, n)
+        if self.is_dense(x) and y.numel() and k:
+            return self.int_linear_dense(x, weight, scale, zero_point, bias, bits, y)
         if bias is not None:
             bias = bias.contiguous()
         parts = self._query("int_linear_parts", x.device, DTYPES[x.dtype], m, n, k, groups, bits)

@@ -84,9 +84,17 @@ CUDA_ARGTYPES = {
         *(POINTER, POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, POINTER, POINTER),
         *(SIZE, SIZE, SIZE, SIZE, SIZE, POINTER),
     ],
+    "pq_decode": [
+        *(POINTER, INT, POINTER, INT, POINTER),
+        *(SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, POINTER),
+    ],
     "kmeans_assign": [POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, POINTER],
     "kmeans_update": [*CPU_ARGTYPES["kmeans_update"], POINTER],
     "kmeans_step": [POINTER, POINTER, SIZE, SIZE, POINTER, SIZE, INT, INT, INT, *[POINTER] * 6],
+}
+# Steps of ops, which are no ops themselves.
+CUDA_STEPS = {
+    "int_decode": [*(POINTER, POINTER, POINTER, POINTER, INT), *(SIZE, SIZE, SIZE, INT, POINTER)],
 }
 # Functions that launch nothing and return a number, not a status.
 CUDA_QUERIES = {
@@ -150,6 +158,12 @@ def raise_for_status(status: int) -> None:
 
 def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """tensor, contiguous, where vector accesses of 16 bytes may start."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def layout(x: torch.Tensor, axis: int | None, group_size: int | None) -> tuple[int, int, int]:

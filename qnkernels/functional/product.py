@@ -46,6 +46,8 @@ def pq_linear(
 ) -> torch.Tensor:
     """y = x @ pq_decode(codes, codebook)^T + bias, without the dense weight.
 
+    The CUDA C++ backend decodes the weight for many tokens, in slices of about 32 MB.
+
     x [..., in] fp32, bf16 or fp16; codes uint8 or uint16 [out, in / d], below K (not checked); codebook
     [K, d], K up to 256 or 65,536, d up to 64. Returns [..., out] in the dtype of x, accumulated in fp32.
     Gradients flow to x, codebook and bias; that of a codeword is the mean of the dense weight's gradient

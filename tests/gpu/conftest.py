@@ -4,10 +4,12 @@
 checks the tests themselves.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from qnkernels.backends import BackendUnavailable, kernels
+from qnkernels.backends import BackendUnavailable, cuda_dense, kernels
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,3 +69,17 @@ def record_op(request: pytest.FixtureRequest, record_property) -> None:
     if marker:
         record_property("op", marker.args[0])
         record_property("backend", request.node.callspec.params["backend"])
+
+
+@pytest.fixture
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products of many tokens take the weight in several slices, and cuBLAS rounds no partial sums."""
+    monkeypatch.setattr(cuda_dense, "SLICE_BYTES", 1 << 16)
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(matmul, name, value)

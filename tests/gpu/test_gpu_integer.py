@@ -101,6 +101,26 @@ def test_int_linear_of_a_large_layer(device, backend, dtype, bits, m, n, k, grou
         assert_within_bound(actual, x, decoded, None, dtype)
 
 
+@pytest.mark.of("int_linear")
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("n", "k", "groups"), [(1, 2, 1), (65, 30, 3), (130, 776, 1), (520, 2048, 16), (1016, 264, 1)]
+)
+def test_int_linear_by_slices(device, backend, small_slices, dtype, bits, n, k, groups):
+    """Multiplied by cuBLAS, where the backend does so, in one slice and in several."""
+    generator = torch.Generator().manual_seed(n + bits)
+    x = (torch.randn(1100, k, generator=generator) / 8).to(dtype)
+    for bias_dtype, with_zero_point in ((None, True), (torch.float32, False), (dtype, True)):
+        layer = packed_layer(n, k, bits, groups, generator, with_zero_point)
+        bias = None if bias_dtype is None else torch.randn(n, generator=generator).to(bias_dtype)
+        with qnk.backend(backend):
+            x_, bias_, *layer_ = moved(device, x, bias, *layer)
+            actual = F.int_linear(x_, *layer_, bias_, bits)
+        assert_within_bound(actual, x, dequantize_weight(*layer, bits), bias, dtype)
+
+
 @pytest.mark.of("int_linear_backward")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])

@@ -100,6 +100,46 @@ def test_pq_linear_of_many_tokens(device, backend, shape, m, dtype):
             check_linear(device, backend, shape, m, dtype)
 
 
+# multiplied by cuBLAS, where the backend does so: one slice and several; d that makes no whole pieces; codes
+# of two bytes in shared memory and through the cache
+DENSE = (
+    *((1, 1, 1, 1), (67, 9, 4, 300), (520, 33, 9, 2), (1000, 129, 4, 1024), (513, 40, 16, 16)),
+    *((768, 96, 8, 256), (300, 20, 32, 5000)),
+)
+
+
+@pytest.mark.of("pq_linear")
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1100, 1101])
+@pytest.mark.parametrize("shape", DENSE, ids=str)
+def test_pq_linear_by_slices(device, backend, small_slices, shape, m, dtype):
+    check_linear(device, backend, shape, m, dtype)
+
+
+@pytest.mark.of("pq_linear")
+@pytest.mark.needs_cuda
+def test_pq_linear_by_slices_in_a_graph(device, backend):
+    """Slices are captured with the products, and see new values of x."""
+    codes, codebook, weight = quantized(520, 96, 8, 256, torch.bfloat16)
+    x = torch.zeros(1100, weight.shape[1], device=device, dtype=torch.bfloat16)
+    codes, codebook, stream, graph = (
+        codes.to(device),
+        codebook.to(device),
+        torch.cuda.Stream(),
+        torch.cuda.CUDAGraph(),
+    )
+    with qnk.backend(backend), torch.cuda.stream(stream):
+        F.pq_linear(x, codes, codebook)
+        with torch.cuda.graph(graph, stream=stream):
+            y = F.pq_linear(x, codes, codebook)
+        x.normal_(generator=torch.Generator(device).manual_seed(0))
+        graph.replay()
+        expected = F.pq_linear(x, codes, codebook)
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected) and y.any()
+
+
 @pytest.mark.of("pq_linear")
 @pytest.mark.needs_cuda
 def test_wgmma_repeats_itself(device, backend):

@@ -184,7 +184,7 @@ def dynamic_fake_quantize(x, bits, seed, per_sample, stochastic, dtype=None):
         random_fake_quantize_kernel,
         (cdiv(n, BLOCK),),
         *(x, y, n, *quantizers, samples, inner, bits, seed),
-        **dict(SPAN=span(samples, inner), BLOCK=BLOCK, num_warps=WARPS),
+        **dict(SPAN=span(samples, inner, BLOCK), BLOCK=BLOCK, num_warps=WARPS),
     )
     return y
 

@@ -17,7 +17,7 @@ BLOCK = 2048
 BACKWARD_BLOCK = 1024
 WARPS = 4
 
-# How elements find their scale (SPAN): one for all, per tile (BLOCK), per 8 consecutive elements, per element.
+# How elements find their scale (SPAN): one for all, per tile (BLOCK), per 8 consecutive ones, per element.
 PER_TENSOR, PER_EIGHT, PER_ELEMENT = 0, 8, 1
 
 

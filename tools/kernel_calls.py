@@ -16,12 +16,13 @@ Calls = Iterator[tuple[str, tuple]]
 
 
 def fake_quantize() -> Calls:
-    """Scale per tensor, per 8 elements and per element; all pairs of dtypes; drawing or not."""
+    """Scale per tensor, tile, 8 elements and element; all pairs of dtypes; drawing or not."""
     square, odd = (64, 64), (64, 65)
     cases = [(torch.empty(square, dtype=dtype), other, None, 0.5) for dtype, other in product(FLOATS, FLOATS)]
     for shape, (dtype, other) in product((square, odd), ((F32, BF16), *((one, one) for one in FLOATS))):
         cases.append((torch.empty(shape, dtype=dtype), other, 0, 0.5))
     cases += [(torch.empty(shape), F32, axis, 1.0) for shape, axis in ((square, None), (square, 0), (odd, 0))]
+    cases += [(torch.empty(2, 4096, dtype=dtype), dtype, 0, 0.5) for dtype in FLOATS]
     cases += [(_misaligned(square, dtype), dtype, 0, 0.5) for dtype in FLOATS]
     # indices of 64 bits; the memory is reserved, not touched
     huge = torch.empty(8, 2**28 + 1, dtype=BF16)
@@ -37,7 +38,7 @@ def fake_quantize() -> Calls:
 
 def dynamic() -> Calls:
     """Samples of every register count, and larger ones, aligned and not; dtypes; random or not."""
-    shapes = ((64, 1), (64, 100), (64, 1024), (64, 8000), (3, 9001), (3, 16384), (1 << 20,))
+    shapes = ((64, 1), (64, 100), (64, 1024), (64, 8000), (64, 8001), (3, 9001), (3, 16384), (1 << 20,))
     for shape, stochastic in product(shapes, (False, True)):
         for dtype, other in ((F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)):
             x = torch.empty(shape, dtype=dtype)

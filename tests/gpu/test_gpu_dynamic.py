@@ -7,7 +7,7 @@ from numeric import DTYPES, assert_identical, integer
 import qnkernels as qnk
 from qnkernels.backends import kernels
 
-SHAPES = ((1,), (7,), (5, 57), (257, 72), (3, 9, 7), (2, 8185), (2, 8186), (1, 70_001))
+SHAPES = ((1,), (7,), (5, 57), (257, 72), (3, 9, 7), (2, 8185), (2, 8186), (2, 8192), (1, 70_001))
 
 
 def on(device, values):
@@ -26,6 +26,18 @@ def test_dynamic_fake_quantize(device, backend, dtype, shape, stochastic):
         expected = kernels("reference")["dynamic_fake_quantize"](*arguments)
         actual = kernels(backend)["dynamic_fake_quantize"](*on(device, arguments))
         assert_identical(actual.cpu(), expected)
+
+
+@pytest.mark.of("dynamic_fake_quantize")
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_samples_of_every_size(device, backend, stochastic):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(60, 72, generator=generator) * 2.0 ** torch.arange(-130, 110, 4)[:, None]
+    x[:, ::3] *= 2.0 ** torch.randint(-60, 0, (60, 24), generator=generator)
+    arguments = x, integer(5), integer(3), True, stochastic
+    expected = kernels("reference")["dynamic_fake_quantize"](*arguments)
+    actual = kernels(backend)["dynamic_fake_quantize"](*on(device, arguments))
+    assert_identical(actual.cpu(), expected)
 
 
 @pytest.mark.of("moving_fake_quantize_")

@@ -9,7 +9,7 @@ from qnkernels.reference.fake_quantize import fake_quantize as reference_fake_qu
 from qnkernels.reference.philox import noise_mask, philox
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((1,), (7,), (3, 1009), (33, 4, 8), (257, 72))
+SHAPES = ((1,), (7,), (3, 1009), (33, 4, 8), (257, 72), (3, 4096))
 # (axis, group_size) that fit a shape
 LAYOUTS = {
     (1,): [(None, None)],
@@ -17,6 +17,7 @@ LAYOUTS = {
     (3, 1009): [(None, None), (0, None), (1, None)],
 }
 LAYOUTS |= {(33, 4, 8): [(1, None), (2, None), (None, 4)], (257, 72): [(0, None), (None, 8), (None, 3)]}
+LAYOUTS |= {(3, 4096): [(None, None), (0, None)]}
 
 
 def assert_same_values(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -56,6 +57,22 @@ def test_fake_quantize(device, backend, dtype, shape, p):
                 actual = F.fake_quantize(
                     x.to(device), s.to(device), z.to(device), bits, axis, group_size, p, seed
                 )
+            assert_same_values(actual, expected)
+
+
+@pytest.mark.of("fake_quantize")
+def test_values_and_scales_of_every_size(device, backend):
+    """Any 32 bits for a value; scales for which a backend may divide by way of the reciprocal, and others."""
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randint(-(2**31), 2**31, (5000,), generator=generator, dtype=torch.int32).view(torch.float32)
+    for exponent in (-140, -100, -61, -60, -20, 0, 39, 40, 41, 126):
+        s = (1 + torch.rand((), generator=generator)) * 2.0**exponent
+        near = torch.cat((x, (torch.arange(300) * 0.25 - 9) * s))
+        for z in (0.0, 5.0, 15.0):
+            with qnk.backend("reference"):
+                expected = F.fake_quantize(near, s, torch.tensor(z), 4, p=1.0)
+            with qnk.backend(backend):
+                actual = F.fake_quantize(near.to(device), s.to(device), torch.tensor(z).to(device), 4, p=1.0)
             assert_same_values(actual, expected)
 
 

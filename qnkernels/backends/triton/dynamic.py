@@ -22,8 +22,8 @@ from .parameters import quantization_parameters
 from .philox import draws
 from .range import update_range_
 
-# Elements of a sample that one program keeps in registers, 32 per thread, while it takes their range.
-SAMPLE, SAMPLE_WARPS = 8192, 8
+# Elements of a sample that one program keeps in registers, 16 per thread, while it takes their range.
+SAMPLE, SAMPLE_WARPS = 8192, 16
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def dynamic_fake_quantize(x, bits, seed, per_sample, stochastic, dtype=None):
     if needed <= SAMPLE:
         y = torch.empty(x.shape, dtype=dtype, device=x.device)
         block = max(power_of_two(needed), 8)
-        warps = max(1, min(SAMPLE_WARPS, block // 256))
+        warps = max(1, min(SAMPLE_WARPS, block // 512))
         constants = dict(STOCHASTIC=stochastic, EIGHTS=eights, BLOCK=block, num_warps=warps)
         launch.run(sample_fake_quantize_kernel, (samples,), x, y, inner, bits, seed, **constants)
         return y
@@ -184,7 +184,7 @@ def dynamic_fake_quantize(x, bits, seed, per_sample, stochastic, dtype=None):
         random_fake_quantize_kernel,
         (cdiv(n, BLOCK),),
         *(x, y, n, *quantizers, samples, inner, bits, seed),
-        **dict(SPAN=span(samples, inner), BLOCK=BLOCK, num_warps=WARPS),
+        **dict(SPAN=span(samples, inner, BLOCK), BLOCK=BLOCK, num_warps=WARPS),
     )
     return y
 

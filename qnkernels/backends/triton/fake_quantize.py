@@ -13,10 +13,12 @@ from .philox import noise_mask
 
 # Elements of a program: 16 per thread; 8 share one Philox call, and all what is scalar.
 BLOCK = 2048
+# 8 per thread of the gradient, whose 16 conditions would leave the registers.
+BACKWARD_BLOCK = 1024
 WARPS = 4
 
-# How elements find their scale (SPAN): one for all, per tile, per 8 consecutive elements, per element.
-PER_TENSOR, PER_TILE, PER_EIGHT, PER_ELEMENT = 0, BLOCK, 8, 1
+# How elements find their scale (SPAN): one for all, per tile (BLOCK), per 8 consecutive ones, per element.
+PER_TENSOR, PER_EIGHT, PER_ELEMENT = 0, 8, 1
 
 
 @triton.jit
@@ -190,11 +192,11 @@ def fake_quantize_backward_kernel(
         )  # fmt: skip
 
 
-def span(channels: int, inner: int) -> int:
+def span(channels: int, inner: int, block: int) -> int:
     if channels == 1:
         return PER_TENSOR
-    if inner % BLOCK == 0:
-        return PER_TILE
+    if inner % block == 0:
+        return block
     return PER_EIGHT if inner % 8 == 0 else PER_ELEMENT
 
 
@@ -209,7 +211,7 @@ def fake_quantize(x, scale, zero_point, bits, p, seed, axis=None, group_size=Non
         fake_quantize_kernel,
         (cdiv(n, BLOCK),),
         *(x, y, n, scale, zero_point, channels, inner, bits, limit, seed),
-        **dict(DRAW=limit < 65536, SPAN=span(channels, inner), BLOCK=BLOCK, num_warps=WARPS),
+        **dict(DRAW=limit < 65536, SPAN=span(channels, inner, BLOCK), BLOCK=BLOCK, num_warps=WARPS),
     )
     return y
 
@@ -224,8 +226,13 @@ def fake_quantize_backward(grad, x, scale, zero_point, bits, p, seed, axis=None,
     _, channels, inner = layout(x, axis, group_size)
     launch.run(
         fake_quantize_backward_kernel,
-        (cdiv(n, BLOCK),),
+        (cdiv(n, BACKWARD_BLOCK),),
         *(grad_x, None if in_place else grad, x, n, scale, zero_point, channels, inner, bits, limit, seed),
-        **dict(DRAW=limit < 65536, SPAN=span(channels, inner), BLOCK=BLOCK, num_warps=WARPS),
+        **dict(
+            DRAW=limit < 65536,
+            SPAN=span(channels, inner, BACKWARD_BLOCK),
+            BLOCK=BACKWARD_BLOCK,
+            num_warps=WARPS,
+        ),
     )
     return grad_x

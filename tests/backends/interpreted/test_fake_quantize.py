@@ -11,8 +11,8 @@ from qnkernels import functional as F
 from qnkernels.backends import kernels
 
 RATES = (0.0, 0.05, 0.5, 1.0)
-# one element, prime, one past 8, odd runs, a tile of 1024 and one past it, runs of 8 that cross it
-SHAPES = ((1,), (7,), (3, 5), (13, 131), (4, 3, 9), (1025,), (2, 1024), (33, 40), (1030, 2))
+# one element, prime, one past 8, odd runs, one past a tile of 2048, tiles in one channel, runs that cross it
+SHAPES = ((1,), (7,), (3, 5), (13, 131), (4, 3, 9), (2049,), (3, 2048), (60, 40), (1030, 2))
 
 
 def case(shape, dtype, axis, group_size, generator):

@@ -45,7 +45,7 @@ Plan split(Plan plan, int64_t blocks, int blocks_each, int64_t turns) {
 }
 
 // Steps of a turn and warps of a block of the few-rows kernel: enough of the weight on its way, by one block or several.
-constexpr int few_run(int outputs) { return outputs == 16 ? 2 : 1; }
+constexpr int few_run(int outputs) { return outputs == 16 ? 4 : outputs == 32 ? 2 : 1; }
 int few_warps(int64_t blocks, int outputs) { return outputs == 16 && blocks >= 3 * processors() ? 4 : 8; }
 
 // aligned: x and weight start at multiples of 16 bytes.
@@ -54,7 +54,7 @@ Plan plan_for(int64_t m, int64_t n, int64_t k, int64_t groups, int bits, size_t 
     const int64_t group = groups == 1 ? 0 : k / groups, few_step = 512 / bits;
     const bool whole = k * bits / 8 % 16 == 0 && k * static_cast<int64_t>(x_size) % 16 == 0;
     if (!aligned || !whole || group % kUnit != 0) return {Kernel::General, 0, 0, 1, 1};
-    if (m <= kFewRows && group % few_step == 0) {
+    if (m <= kFewRows && group % few_step == 0 && k < 1 << 28) {
         // more outputs to a block where x is larger, as every block reads all of x
         const int outputs = m <= 2 ? 16 : m <= 8 || x_size == 4 ? 32 : 64;
         const Plan plan{Kernel::Few, outputs, m <= 8 ? 8 : 16, 1, 1};

@@ -138,9 +138,9 @@ class EmulatedKernels(CudaKernels):
     def _query(self, name: str, device: torch.device, *arguments) -> int:
         return self._c[name](*arguments)
 
-    def is_dense(self, x: torch.Tensor) -> bool:
+    def is_dense(self, op: str, x: torch.Tensor) -> bool:
         """As on a GPU where decode.cu is among the sources; others are tested with any number of tokens."""
-        return "int_decode" in self._c and super().is_dense(x)
+        return "int_decode" in self._c and super().is_dense(op, x)
 
     def run(self, op: str, *arguments, **keywords):
         """One op in every order; its result if they agree."""

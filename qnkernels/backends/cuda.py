@@ -85,7 +85,7 @@ class CudaKernels(PqKernels, DenseKernels, KMeansKernels):
     def int_linear(self, x, weight, scale, zero_point, bias, bits):
         (m, k), (n, groups) = x.shape, scale.shape
         y = x.new_empty(m, n)
-        if self.is_dense(x) and y.numel() and k:
+        if self.is_dense("int_linear", x) and y.numel() and k:
             return self.int_linear_dense(x, weight, scale, zero_point, bias, bits, y)
         if bias is not None:
             bias = bias.contiguous()

@@ -22,7 +22,7 @@ class PqKernels:
         if y.numel() == 0:
             return y
         by_block = _by_block(codes)
-        if self.is_dense(x) and n_blocks:
+        if self.is_dense("pq_linear", x) and n_blocks:
             return self.pq_linear_dense(x, by_block, codebook, bias, y)
         x, codebook = _in_quads(x, d), _codewords(codebook, x.dtype)
         bias = None if bias is None else bias.float().contiguous()
@@ -51,7 +51,7 @@ class PqKernels:
         """The gradient of the codebook is the same in every run: its terms are added in fixed point."""
         (m, n), n_blocks, (k, d) = grad.shape, codes.shape[1], codebook.shape
         width, empty = d + -d % QUAD, m * n * n_blocks == 0
-        dense, by_block = self.is_dense(x) and not empty, _by_block(codes)
+        dense, by_block = self.is_dense("pq_linear", x) and not empty, _by_block(codes)
         grad_x = x.new_empty(m, n_blocks * width) if needs_x and not dense and not empty else None
         sums = counts = exponent = bound = None
         if needs_codebook and not empty:

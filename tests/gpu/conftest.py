@@ -71,9 +71,17 @@ def record_op(request: pytest.FixtureRequest, record_property) -> None:
         record_property("backend", request.node.callspec.params["backend"])
 
 
+@pytest.fixture(autouse=True)
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that decode as they multiply serve any number of tokens, unless small_slices is used."""
+    from_tokens = 1 if "small_slices" in request.fixturenames else 1 << 40
+    by_op = {op: dict.fromkeys(sizes, from_tokens) for op, sizes in cuda_dense.FROM_TOKENS.items()}
+    monkeypatch.setattr(cuda_dense, "FROM_TOKENS", by_op)
+
+
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Products of many tokens take the weight in several slices, and cuBLAS rounds no partial sums."""
+    """Products take the weight in several slices, and cuBLAS rounds no partial sums."""
     monkeypatch.setattr(cuda_dense, "SLICE_BYTES", 1 << 16)
     matmul = torch.backends.cuda.matmul
     names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]

@@ -17,12 +17,13 @@ LARGE = (
 )
 
 
-def quantized(rows, n_blocks, d, n_centroids, dtype, transposed=False):
-    """(codes, codebook) and the decoded weight in float64; transposed: codes are stored block by block."""
+def quantized(rows, n_blocks, d, n_centroids, dtype, transposed=False, device="cpu"):
+    """(codes, codebook) and, on the device, the decoded weight in float64; transposed: codes are stored block
+    by block."""
     generator = torch.Generator().manual_seed(rows + n_blocks * d)
     codes = torch.randint(0, n_centroids, (rows, n_blocks), generator=generator)
     codebook = torch.randn(n_centroids, d, generator=generator).to(dtype)
-    weight = codebook.double()[codes].flatten(1)
+    weight = codebook.to(device).double()[codes.to(device)].flatten(1)
     codes = codes.to(torch.uint8 if n_centroids <= 256 else torch.uint16)
     return (codes.t().contiguous().t() if transposed else codes), codebook, weight
 
@@ -42,7 +43,7 @@ def assert_within_bound(actual, exact, magnitude, terms):
 
 def check_linear(device, backend, shape, m, dtype):
     """y and the gradients of x, codebook and bias."""
-    codes, codebook, weight = quantized(*shape, dtype, transposed=m % 2 == 0)
+    codes, codebook, weight = quantized(*shape, dtype, m % 2 == 0, device)
     generator = torch.Generator().manual_seed(m)
     x, grad = (torch.randn(m, n, generator=generator).to(dtype) for n in (weight.shape[1], shape[0]))
     bias = torch.randn(shape[0], generator=generator).to(dtype)
@@ -119,7 +120,7 @@ def test_pq_linear_by_slices(device, backend, small_slices, shape, m, dtype):
 
 @pytest.mark.of("pq_linear")
 @pytest.mark.needs_cuda
-def test_pq_linear_by_slices_in_a_graph(device, backend):
+def test_pq_linear_by_slices_in_a_graph(device, backend, small_slices):
     """Slices are captured with the products, and see new values of x."""
     codes, codebook, weight = quantized(520, 96, 8, 256, torch.bfloat16)
     x = torch.zeros(1100, weight.shape[1], device=device, dtype=torch.bfloat16)

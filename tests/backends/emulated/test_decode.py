@@ -59,7 +59,7 @@ def test_int_decode(n, k, bits, dtype):
 @pytest.fixture(params=[1, 1 << 14])
 def many_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of tokens are many, and slices small: of a tile, and of a few."""
-    monkeypatch.setattr(cuda_dense, "FROM_TOKENS", dict.fromkeys(DTYPES, 1))
+    monkeypatch.setattr(cuda_dense, "FROM_TOKENS", {op: {4: 1, 2: 1} for op in cuda_dense.FROM_TOKENS})
     monkeypatch.setattr(cuda_dense, "SLICE_BYTES", request.param)
 
 

@@ -5,11 +5,14 @@ contenders in turns; each test then replays the samples of its own contender thr
 measured time, so that pytest-benchmark's tables, JSON and comparisons work on interleaved figures.
 """
 
+import math
+import time
+
 import pytest
 import torch
 
 import environment
-from harness import FULL, QUICK, Case, Contender, Measurement, measure
+from harness import BUDGETS, Case, Contender, Measurement, chosen, measure
 
 
 class MeasuredClock:
@@ -23,12 +26,20 @@ class MeasuredClock:
 
 
 CLOCK = MeasuredClock()
+START = time.perf_counter()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("qnkernels benchmarks")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
-    group.addoption("--quick", action="store_true", help="the main shapes only, fewer rounds")
+    for mode, text in (
+        ("quick", "the main shapes only, few rounds"),
+        ("brief", "all shapes, few rounds, torch.compile at the main shapes only"),
+    ):
+        group.addoption(
+            f"--{mode}", dest="bench_mode", action="store_const", const=mode, default="full", help=text
+        )
+    group.addoption("--seconds", type=float, default=math.inf, help="after so many, start no other case")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,15 +50,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "timed" not in metafunc.fixturenames:
         return
-    device, quick = metafunc.config.getoption("--device"), metafunc.config.getoption("--quick")
+    device, mode = metafunc.config.getoption("--device"), metafunc.config.getoption("bench_mode")
     params = [
         pytest.param(
             (case, contender),
             id=f"{case.name}-{contender.name}",
             marks=pytest.mark.benchmark(group=str(case), timer=CLOCK),
         )
-        for case in metafunc.module.CASES
-        if device in case.devices and (case.quick or not quick)
+        for case in chosen(metafunc.module.CASES, device, mode)
         for contender in case.contenders(device)
     ]
     metafunc.parametrize("timed", params, indirect=True)
@@ -59,9 +69,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    modules = {item.module for item in getattr(terminalreporter.config, "bench_items", ())}
-    for name in sorted({name for module in modules for name in getattr(module, "LEFT_OUT", ())}):
-        terminalreporter.write_line(f"left out, not installed: {name}")
+    modules = {item.path.stem: item.module for item in getattr(terminalreporter.config, "bench_items", ())}
+    for suite, module in modules.items():
+        for name in sorted(getattr(module, "LEFT_OUT", ())):
+            terminalreporter.write_line(f"left out of {suite}, not installed: {name}")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -79,15 +90,18 @@ def timed(
 ) -> tuple[Case, Contender, Measurement]:
     """Measure the case if no test has yet, and hand the contender's samples to `benchmark`."""
     case, contender = request.param
-    device = request.config.getoption("--device")
+    device, suite = request.config.getoption("--device"), request.path.stem
     if str(case) not in measurements:
         measurements.clear()  # one case's tensors at a time
-        budget = (QUICK if request.config.getoption("--quick") else FULL)[device]
+        if time.perf_counter() - START > request.config.getoption("--seconds"):
+            benchmark.skipped = True
+            pytest.skip(f"{suite}: for want of time")
+        budget = BUDGETS[request.config.getoption("bench_mode")][device]
         measurements[str(case)] = measure(case, torch.device(device), budget)
     measurement = measurements[str(case)]
     if contender.name in measurement.failures:
         benchmark.skipped = True
-        why = f"{contender.name} on {case}: {measurement.failures[contender.name]}"
+        why = f"{suite}: {contender.name} on {case}: {measurement.failures[contender.name]}"
         pytest.skip(why) if contender.role == "peer" else pytest.fail(why, pytrace=False)
     _replay(benchmark, measurement.samples[contender.name].seconds)
     benchmark.extra_info.update(_facts(case, contender, measurement))

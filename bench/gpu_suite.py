@@ -1,26 +1,34 @@
-"""Everything that needs a GPU, in one command: `python bench/gpu_suite.py [--quick] [--only OP] [--resume]`.
+"""Everything that needs a GPU, in one command:
+`python bench/gpu_suite.py [--brief | --quick] [--only OP] [--resume]`.
 
-Runs from the source tree of any machine with an NVIDIA GPU, without network or installation: builds the
-libraries if a compiler is there, runs the GPU tests, checks the CUDA kernels' memory accesses where
-compute-sanitizer is installed, measures the ceilings and every benchmark, and writes
-bench/results/<gpu>/: one CSV and picture per suite, ops.csv (what passed its tests) and summary.md. Last, it
-writes which backend serves which op from now on (bench/dispatch.py), unless --no-dispatch is given.
-Failures are listed last and make the exit code 1; without a GPU it is 2.
+Runs from the source tree of any machine with an NVIDIA GPU, without network or installation. Builds the
+libraries if a compiler is there. Runs the GPU tests, on several processes where pytest-xdist is installed;
+beside them, checks the CUDA kernels' memory accesses where compute-sanitizer is installed, and compiles what
+the benchmarks will need. Then, on the quiet machine, measures the ceilings, and every benchmark in one more
+process, and writes bench/results/<gpu>/ at its end: one CSV and picture per suite, ops.csv (what passed its
+tests) and summary.md. Last, it writes which backend serves which op from now on (bench/dispatch.py), unless
+--no-dispatch is given. Failures are listed last and make the exit code 1; without a GPU it is 2.
 
+--brief does the same with few rounds, and with torch.compile at the main shapes only.
 --quick takes under 3 minutes once the libraries are built: the main shapes, few rounds, no memory check. What
-does not fit, because kernels compile for long, is stopped and named; a table of a full run is not replaced,
-and no backend is chosen from so few figures.
+does not fit, because kernels compile for long, is left out and named; a table of a longer run is not
+replaced, and no backend is chosen from so few figures.
 """
 
 import argparse
 import datetime
 import importlib
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
@@ -31,9 +39,11 @@ import torch  # noqa: E402  (after the source tree is on the path)
 
 import dispatch  # noqa: E402
 import environment  # noqa: E402
+import harness  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 import summary  # noqa: E402
+import warm  # noqa: E402
 
 NO_TESTS = 5  # pytest's exit code
 MEMORY_ERROR = 99  # the exit code asked of compute-sanitizer
@@ -80,23 +90,24 @@ def build(log: Log) -> None:
         log.fail("build", output)
 
 
+def gpu_tests(only: str | None, *options: str) -> tuple[list[str], dict[str, str]]:
+    """pytest on tests/gpu, and its environment: on several workers where pytest-xdist is installed."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "--tb=short", "-p", "no:cacheprovider", *options]
+    command += ["-k", only] if only else []
+    workers = (os.cpu_count() or 1) - 2
+    if workers < 2 or find_spec("xdist") is None:
+        return command, run.source_tree_env()
+    command += ["-n", str(workers), "--dist=worksteal"]
+    return command, {**run.source_tree_env(), "OMP_NUM_THREADS": "1"}
+
+
 def run_tests(log: Log, only: str | None, folder: Path, device: str, seconds: float | None = None) -> None:
     """The tests marked gpu; what passed goes to ops.csv. Stopped where they take longer than `seconds`."""
     with tempfile.TemporaryDirectory() as temporary:
         junit = Path(temporary) / "junit.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "tests/gpu",
-            "-m",
-            "gpu",
-            f"--gpu-device={device}",
-            "--tb=short",
-        ]
-        command += [f"--junitxml={junit}", "-o", "junit_family=xunit1", "-p", "no:cacheprovider"]
-        command += ["-k", only] if only else []
-        options = dict(cwd=ROOT, env=run.source_tree_env(), capture_output=True, text=True)
+        reported = f"--junitxml={junit}", "-o", "junit_family=xunit1"
+        command, env = gpu_tests(only, "-m", "gpu", f"--gpu-device={device}", *reported)
+        options = dict(cwd=ROOT, env=env, capture_output=True, text=True)
         try:
             result = subprocess.run(command, timeout=seconds, **options)
         except subprocess.TimeoutExpired:
@@ -118,20 +129,14 @@ def check_memory(log: Log, only: str | None) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return log.say("memory not checked: compute-sanitizer is not installed")
-    command = [
-        sanitizer,
-        "--tool=memcheck",
-        f"--error-exitcode={MEMORY_ERROR}",
-        sys.executable,
-        "-m",
-        "pytest",
-    ]
-    command += ["tests/gpu", "-m", "gpu and of and not large", "--gpu-backend=cuda", "-x", "--tb=short"]
-    command += ["-p", "no:cacheprovider", *(["-k", only] if only else [])]
-    result = subprocess.run(command, cwd=ROOT, env=run.source_tree_env(), capture_output=True, text=True)
-    if result.returncode in (0, NO_TESTS):
+    checked = [sanitizer, "--tool=memcheck", "--target-processes=all", f"--error-exitcode={MEMORY_ERROR}"]
+    command, env = gpu_tests(only, "-m", "gpu and of and not large", "--gpu-backend=cuda", "-x")
+    result = subprocess.run([*checked, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    found = re.search("ERROR SUMMARY: [1-9]", output)  # in a worker, too
+    if result.returncode in (0, NO_TESTS) and not found:
         return log.say("memory: no errors in the CUDA kernels")
-    log.fail("memory check", result.stdout + result.stderr)
+    log.fail("memory check", output)
 
 
 def tested_ops(junit: Path) -> list[dict]:
@@ -149,13 +154,15 @@ def tested_ops(junit: Path) -> list[dict]:
     ]
 
 
-def is_measured(suite: str, folder: Path, device: str, quick: bool) -> bool:
-    """Whether the suite's table has all of its cases (with `quick`, those of a quick run)."""
+def is_measured(suite: str, folder: Path, device: str, mode: str) -> bool:
+    """Whether the suite's table has all of the cases of such a run and, for a full one, more rounds than the
+    others take."""
     path = folder / f"{suite}.csv"
     rows = report.read_csv(path) if path.exists() else []
-    cases = importlib.import_module(f"bench_{suite}").CASES
-    wanted = {case.name for case in cases if device in case.devices and (case.quick or not quick)}
-    return wanted <= {row["case"] for row in rows}
+    cases = harness.chosen(importlib.import_module(f"bench_{suite}").CASES, device, mode)
+    if mode == "full" and not any(int(row["rounds"]) > harness.QUICK[device].rounds for row in rows):
+        return False
+    return {case.name for case in cases} <= {row["case"] for row in rows}
 
 
 def is_current(suite: str, folder: Path) -> bool:
@@ -165,45 +172,63 @@ def is_current(suite: str, folder: Path) -> bool:
     return bool(rows) and {row["commit"] for row in rows} == {environment.commit()}
 
 
+def wanted_suites(
+    log: Log, only: str | None, mode: str, resume: bool, folder: Path, device: str
+) -> list[str]:
+    """The ceilings, always, and the suites that time the op `only`; with `resume`, those not measured yet."""
+    found = []
+    for suite in run.SUITES:
+        if only and suite != "ceilings" and only not in (suite, *SUITE_OPS.get(suite, ())):
+            continue
+        if resume and is_current(suite, folder) and is_measured(suite, folder, device, mode):
+            log.say(f"{suite}: measured at this commit already")
+        else:
+            found.append(suite)
+    return found
+
+
 def run_benchmarks(
     log: Log,
-    only: str | None,
-    quick: bool,
-    resume: bool,
+    suites: Sequence[str],
+    mode: str,
     results: Path,
     folder: Path,
     device: str,
     until: float | None = None,
 ) -> None:
-    """The ceilings first. `until`, on the clock of time.perf_counter, ends them; none takes over half of what
-    is left."""
-    for suite in sorted(run.SUITES, key=lambda name: name != "ceilings"):
-        if only and suite != "ceilings" and only not in (suite, *SUITE_OPS.get(suite, ())):
-            continue
-        if resume and is_current(suite, folder) and is_measured(suite, folder, device, quick):
-            log.say(f"{suite}: measured at this commit already")
-            continue
+    """The ceilings first, the others in one process. No case starts after `until`, on the clock of
+    time.perf_counter."""
+    ceilings = [suite for suite in suites if suite == "ceilings"]
+    for group in (ceilings, [suite for suite in suites if suite not in ceilings]):
         left = None if until is None else until - time.perf_counter()
-        if left is not None and left <= 0:
-            log.say(f"left out for want of time: {suite}")
+        if not group:
             continue
-        outcome = run.run_suite(suite, device, quick, seconds=None if left is None else left / 2)
-        if outcome.rows:
-            if quick and is_measured(suite, folder, device, quick=False):
-                log.say(f"{suite}: {len(outcome.rows)} rows, shown only: the table there is of a full run")
-            else:
-                path = run.keep(outcome, results)
-                log.say(f"{suite}: {len(outcome.rows)} rows in {path.relative_to(results)}")
-            print(run.table(outcome.rows), flush=True)
-        print(*outcome.left_out, sep="\n", end="\n" * bool(outcome.left_out), flush=True)
-        stopped = not outcome.rows and not outcome.problem and outcome.left_out
-        if outcome.problem or not (outcome.rows or stopped):
-            log.fail(f"bench_{suite}.py", outcome.problem or "no contender ran")
+        if left is not None and left <= 0:
+            log.say(f"left out for want of time: {', '.join(group)}")
+            continue
+        log.say(f"measuring {', '.join(group)}")
+        for outcome in run.run_suites(group, device, mode, seconds=left):
+            keep(log, outcome, mode, results, folder, device)
+
+
+def keep(log: Log, outcome: run.Outcome, mode: str, results: Path, folder: Path, device: str) -> None:
+    """Write and show what a suite measured."""
+    suite, count = outcome.suite, len(outcome.rows)
+    if outcome.rows:
+        if mode == "quick" and is_measured(suite, folder, device, "brief"):
+            log.say(f"{suite}: {count} rows, shown only: the table there is of a longer run")
+        else:
+            path = run.keep(outcome, results)
+            log.say(f"{suite}: {count} rows in {path.relative_to(results)}")
+        print(run.table(outcome.rows), flush=True)
+    print(*outcome.left_out, sep="\n", end="\n" * bool(outcome.left_out), flush=True)
+    if outcome.problem or not (outcome.rows or outcome.left_out):
+        log.fail(f"bench_{suite}.py", outcome.problem or "no contender ran")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="under 3 minutes: the main shapes, few rounds")
+    run.add_modes(parser)
     parser.add_argument("--only", metavar="OP", help="tests and benchmarks of one op")
     parser.add_argument("--resume", action="store_true", help="leave out suites measured at this commit")
     parser.add_argument("--no-dispatch", action="store_true", help="leave the choice of backends as it is")
@@ -227,16 +252,21 @@ def main(arguments: list[str] | None = None) -> int:
     log.say(f"{environment.device_name(device)}, torch {torch.__version__}, {datetime.date.today()}")
     if not options.no_build:
         build(log)
-    start = time.perf_counter()
-    run_tests(log, options.only, folder, options.device, QUICK_TESTS if options.quick else None)
-    if options.device == "cuda" and not options.quick:
-        check_memory(log, options.only)
-    until = start + QUICK_SECONDS if options.quick else None
-    choice = options.only, options.quick, options.resume
-    run_benchmarks(log, *choice, options.out, folder, options.device, until)
-    for path in summary.write_summaries(options.out, folder if options.quick else None):
+    quick, on_gpu, start = options.mode == "quick", options.device == "cuda", time.perf_counter()
+    suites = wanted_suites(log, options.only, options.mode, options.resume, folder, options.device)
+    limit, until = (QUICK_TESTS, start + QUICK_SECONDS) if quick else (None, None)
+    with ThreadPoolExecutor() as beside:
+        steps = [
+            beside.submit(run_tests, log, options.only, folder, options.device, limit),
+            beside.submit(warm.warm_suites, suites, options.device, options.mode, limit),
+        ]
+        steps += [beside.submit(check_memory, log, options.only)] if on_gpu and not quick else []
+    for step in steps:
+        step.result()  # raises what went wrong here
+    run_benchmarks(log, suites, options.mode, options.out, folder, options.device, until)
+    for path in summary.write_summaries(options.out, folder if quick else None):
         log.say(f"wrote {path}")
-    if options.device == "cuda" and not options.quick and not options.no_dispatch:
+    if on_gpu and not quick and not options.no_dispatch:
         print(*dispatch.install(folder), sep="\n", flush=True)
     for step, output in log.failures:
         print(f"\n=== FAILED: {step}\n{output}", file=sys.stderr)

@@ -4,11 +4,11 @@ How one sample is taken is said in samplers.py.
 """
 
 import contextlib
-import functools
 import gc
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import torch
 
@@ -28,6 +28,11 @@ class Contender:
     prepare: Callable[[object], Callable[[], object]]
     backend: str | None = None  # forced while it runs
     capture: bool = True  # on a GPU, into a graph; not for what waits for the device or launches thousands
+
+    @property
+    def is_compiled(self) -> bool:
+        """Made by `compiled`; all that are have this name."""
+        return self.name.startswith("torch.compile")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Budget:
 MIN_ROUNDS = 5
 FULL = {"cpu": Budget(60, 0.01, 2.0), "cuda": Budget(60, 0.002, 1.0)}
 QUICK = {"cpu": Budget(15, 0.005, 0.5), "cuda": Budget(20, 0.001, 0.2)}
+# brief: every case, few rounds, torch.compile only in the cases of a quick run
+BUDGETS = {"full": FULL, "brief": QUICK, "quick": QUICK}
 
 
 @dataclass
@@ -124,7 +131,7 @@ def compiled(function: Callable) -> Callable:
     """torch.compile for fixed shapes at the first call, with a fresh cache, so that no case meets the
     recompilation limit."""
 
-    @functools.cache
+    @cache
     def build() -> Callable:
         import torch._functorch.config as config
 
@@ -133,6 +140,27 @@ def compiled(function: Callable) -> Callable:
         return torch.compile(function, dynamic=False)
 
     return lambda *arguments: build()(*arguments)
+
+
+def chosen(cases: Iterable[Case], device_type: str, mode: str) -> list[Case]:
+    """The cases, and of each the contenders, that a run on the device takes; mode: one of BUDGETS."""
+    found = [case for case in cases if device_type in case.devices and (case.quick or mode != "quick")]
+    if mode == "full":
+        return found
+    return [case if case.quick else replace(case, contenders=partial(_uncompiled, case)) for case in found]
+
+
+def _uncompiled(case: Case, device_type: str) -> list[Contender]:
+    return [one for one in case.contenders(device_type) if not one.is_compiled]
+
+
+def warm(case: Case, device: torch.device) -> None:
+    """Run ours and the peers once, without timing, for what their compilers leave on disk."""
+    inputs = case.inputs(device, 0)
+    for contender in case.contenders(device.type):
+        if contender.role in ("ours", "peer"):
+            with contextlib.suppress(Exception), _forced(contender.backend):  # the benchmark tells
+                contender.prepare(inputs)()
 
 
 def turns(names: list[str], round_index: int) -> list[str]:

@@ -20,11 +20,15 @@ NOTICEABLE = 0.05
 Row = dict[str, str]
 
 
-def rows_from_json(path: Path) -> list[Row]:
-    """One row per contender and case. All values are text as the CSV holds it; empty means not known."""
+def rows_from_json(path: Path) -> dict[str, list[Row]]:
+    """By suite, one row per contender and case. All values are text as the CSV holds it; empty: not known."""
     recorded = json.loads(path.read_text())
     measured_on = recorded["machine_info"]["measured_on"]
-    return [_row(one["extra_info"], one["stats"], measured_on) for one in recorded["benchmarks"]]
+    found: dict[str, list[Row]] = {}
+    for one in recorded["benchmarks"]:
+        suite = Path(one["fullname"].partition("::")[0]).stem.removeprefix("bench_")
+        found.setdefault(suite, []).append(_row(one["extra_info"], one["stats"], measured_on))
+    return found
 
 
 def _row(facts: dict, stats: dict, measured_on: dict) -> Row:

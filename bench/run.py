@@ -1,14 +1,18 @@
-"""Run benchmarks and write bench/results/<device>/<op>.csv: `python bench/run.py [op ...] [--quick]`.
+"""Run benchmarks and write bench/results/<device>/<op>.csv: `python bench/run.py [op ...] [--brief]`.
 
-Each suite runs in a process of its own under pytest-benchmark. A quick run covers the main shapes with fewer
-rounds and is shown only, unless --out says where to keep it.
+Each suite runs in a process of its own under pytest-benchmark. A brief run has all shapes in few rounds, and
+torch.compile at the main shapes only. A quick run has the main shapes only and is shown only, unless --out
+says where to keep it.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from environment import ROOT, folder_name
 from plot import plot_csv
 from report import Row, rows_from_json, table, write_csv
 
+GRACE = 15  # seconds that the last case of a limited run may take
 BENCH = ROOT / "bench"
 RESULTS = BENCH / "results"
 SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")))
@@ -29,28 +34,64 @@ class Outcome:
     left_out: list[str]  # one line per peer that could not take part
 
 
-def run_suite(
-    suite: str, device: str = "cpu", quick: bool = False, select: str = "", seconds: float | None = None
-) -> Outcome:
-    """Run bench_<suite>.py; rows hold whatever was measured, also when some contender failed.
+def run_suites(
+    suites: Sequence[str],
+    device: str = "cpu",
+    mode: str = "full",
+    select: str = "",
+    seconds: float | None = None,
+) -> list[Outcome]:
+    """Run bench_<suite>.py of each in one process; rows hold what was measured, also if a contender failed.
 
-    `select` is pytest's -k expression. A run that is not done in `seconds` is stopped and has no rows; that
-    is a line of left_out and no problem.
+    A suite that fails beside others, or is lost with the process, is run again by itself: an error on a GPU
+    spoils all that follows. mode: one of harness.BUDGETS. `select` is pytest's -k expression. After `seconds`
+    no other case is started, and past GRACE the run is stopped; both are lines of left_out and no problem.
     """
+    start = time.perf_counter()
+    outcomes = _run_together(suites, device, mode, select, seconds)
+    if len(suites) == 1:
+        return outcomes
+    for index, outcome in enumerate(outcomes):
+        left = None if seconds is None else seconds - (time.perf_counter() - start)
+        if outcome.problem and (left is None or left > 0):
+            outcomes[index : index + 1] = _run_together([outcome.suite], device, mode, select, left)
+    return outcomes
+
+
+def _run_together(
+    suites: Sequence[str], device: str, mode: str, select: str, seconds: float | None
+) -> list[Outcome]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "benchmark.json"
-        command = [sys.executable, "-m", "pytest", str(BENCH / f"bench_{suite}.py"), f"--device={device}"]
-        command += [f"--benchmark-json={path}", "-p", "no:cacheprovider", "-rs", "--tb=short"]
-        command += ["--quick"] * quick + (["-k", select] if select else [])
+        files = [str(BENCH / f"bench_{suite}.py") for suite in suites]
+        command = [sys.executable, "-m", "pytest", *files, f"--device={device}", f"--benchmark-json={path}"]
+        command += ["-p", "no:cacheprovider", "-rfEs", "--tb=short"]
+        command += [f"--{mode}"] * (mode != "full") + (["-k", select] if select else [])
+        command += [] if seconds is None else [f"--seconds={seconds}"]
+        limit = None if seconds is None else seconds + GRACE
         options = dict(cwd=ROOT, env=source_tree_env(), capture_output=True, text=True)
         try:
-            result = subprocess.run(command, timeout=seconds, **options)
+            result = subprocess.run(command, timeout=limit, **options)
         except subprocess.TimeoutExpired:
-            return Outcome(suite, [], "", [f"left out for want of time: {suite}"])
-        rows = rows_from_json(path) if path.exists() and path.stat().st_size else []
+            return [Outcome(suite, [], "", [f"left out for want of time: {suite}"]) for suite in suites]
+        rows = rows_from_json(path) if path.exists() and path.stat().st_size else {}
     output = result.stdout + result.stderr
-    left_out = [line for line in output.splitlines() if line.startswith(("SKIPPED", "left out"))]
-    return Outcome(suite, rows, output if result.returncode else "", left_out)
+    told = {
+        suite: [line for line in output.splitlines() if re.search(rf"\bbench_{suite}\b", line)]
+        for suite in suites
+    }
+    failed = {suite for suite in suites if any(line.startswith(("FAILED", "ERROR")) for line in told[suite])}
+    if result.returncode and not failed:  # nobody is named: a crash
+        failed = set(suites)
+    return [
+        Outcome(
+            suite,
+            rows.get(suite, []),
+            output if suite in failed else "",
+            [line for line in told[suite] if line.startswith(("SKIPPED", "left out"))],
+        )
+        for suite in suites
+    ]
 
 
 def source_tree_env() -> dict[str, str]:
@@ -73,10 +114,20 @@ def busy_warning() -> str:
     return f"warning: load average {load:.1f} on {cores} cores; timings will be off" if load > 0.5 else ""
 
 
+def add_modes(parser: argparse.ArgumentParser) -> None:
+    """--quick and --brief, as `mode`."""
+    group = parser.add_mutually_exclusive_group()
+    for mode, text in (("quick", "the main shapes"), ("brief", "torch.compile at the main shapes only")):
+        group.add_argument(
+            f"--{mode}", dest="mode", action="store_const", const=mode, help=f"few rounds, {text}"
+        )
+    parser.set_defaults(mode="full")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("op", nargs="*", help=f"suites to run, of {', '.join(SUITES)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="the main shapes, fewer rounds")
+    add_modes(parser)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--out", type=Path, help="folder for the CSVs (default: bench/results, or none for a part)"
@@ -86,13 +137,13 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [op for op in options.op if op not in SUITES]
     if unknown:
         parser.error(f"op: expected some of {', '.join(SUITES)}, got {unknown[0]}")
-    partial = options.quick or options.select  # a part of a suite must not replace the whole
+    partial = options.mode == "quick" or options.select  # a part of a suite must not replace the whole
     out = options.out or (None if partial else RESULTS)
     if warning := busy_warning():
         print(warning, file=sys.stderr)
     failed = []
     for suite in options.op or SUITES:
-        outcome = run_suite(suite, options.device, options.quick, options.select)
+        (outcome,) = run_suites([suite], options.device, options.mode, options.select)
         print(table(outcome.rows), *outcome.left_out, sep="\n", flush=True)
         if out is not None and outcome.rows:
             print(f"written: {keep(outcome, out)}", flush=True)

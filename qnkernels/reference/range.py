@@ -33,17 +33,16 @@ def quantization_parameters(
     -high and high fit: s = max(|low|, |high|) / (2^(bits-1) - 1). A range of width 0 gives s = 1.
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    levels = level_count(bits)
+    levels = torch.zeros_like(low) + level_count(bits)  # on a GPU, x / number is x * (1 / number) to torch
     if symmetric:
         bound = torch.maximum(-low, high)
         scale = bound / (levels / 2 - 1)
         scale = torch.where(scale != 0, scale, torch.ones_like(scale))
-        return scale, torch.zeros_like(scale) + levels / 2
+        return scale, levels / 2
     scale = (high - low) / (levels - 1)
     # a denormal width over many levels underflows to 0, too
     scale = torch.where(scale != 0, scale, torch.ones_like(scale))
-    top = torch.zeros_like(scale) + (levels - 1)
-    return scale, torch.minimum(torch.round(-low / scale).clamp(min=0.0), top)
+    return scale, torch.minimum(torch.round(-low / scale).clamp(min=0.0), levels - 1)
 
 
 def histogram_range(

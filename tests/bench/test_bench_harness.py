@@ -83,6 +83,39 @@ def test_measure_times_each_contender_and_goes_on_without_the_one_that_refuses()
         assert len(samples.seconds) == 3 and all(seconds > 0 for seconds in samples.seconds)
 
 
+def test_a_warm_up_runs_ours_and_the_peers_once_and_passes_over_failures():
+    ran = []
+
+    def refuse(x):
+        raise RuntimeError("no kernel")
+
+    spies = [Contender(role, role, lambda x, role=role: lambda: ran.append(role)) for role in harness.ROLES]
+    harness.warm(toy_case(Contender("broken", "ours", refuse), *spies), CPU)
+    assert ran == ["ours", "peer"]
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.__name__)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_brief_run_has_every_case_and_compiles_the_main_ones_only(suite, device_type):
+    cases = {mode: harness.chosen(suite.CASES, device_type, mode) for mode in harness.BUDGETS}
+    assert list(map(str, cases["brief"])) == list(map(str, cases["full"]))
+    assert list(map(str, cases["quick"])) == [str(case) for case in cases["full"] if case.quick]
+    for whole, brief in zip(cases["full"], cases["brief"], strict=True):
+        every = whole.contenders(device_type)
+        assert [one.is_compiled for one in every] == [is_made_by_compiled(one.prepare) for one in every]
+        expected = [one.name for one in every if whole.quick or not one.is_compiled]
+        assert [one.name for one in brief.contenders(device_type)] == expected
+
+
+def is_made_by_compiled(call) -> bool:
+    """Whether what harness.compiled returns is the function, an argument of it or in its closure."""
+    if isinstance(call, partial):
+        return any(map(is_made_by_compiled, (call.func, *call.args, *call.keywords.values())))
+    if getattr(call, "__qualname__", "").startswith("compiled."):
+        return True
+    return any(is_made_by_compiled(cell.cell_contents) for cell in getattr(call, "__closure__", None) or ())
+
+
 def test_other_load_is_what_neither_idled_nor_ran_here():
     assert samplers.other_load((10.0, 5.0, 1.0), (14.0, 11.0, 6.0)) == pytest.approx(0.1)
     assert samplers.other_load((10.0, 5.0, 1.0), (14.0, 9.0, 6.0)) == 0.0

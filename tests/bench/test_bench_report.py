@@ -25,7 +25,10 @@ def recorded(contender="cpu", role="ours", seconds=0.002, ratio=1.25, **changes)
         "other_load": 0.011,
     }
     stats = {"median": seconds, "q1": 0.9 * seconds, "q3": 1.1 * seconds, "min": 0.8 * seconds, "rounds": 5}
-    return {"extra_info": {**facts, **changes}, "stats": stats}
+    return {"fullname": FULLNAME, "extra_info": {**facts, **changes}, "stats": stats}
+
+
+FULLNAME = "bench/bench_fake_quantize.py::test_fake_quantize[forward 4x4-cpu]"
 
 
 MEASURED_ON = {
@@ -43,7 +46,7 @@ def rows(tmp_path, measured_on=MEASURED_ON, **changes):
     ]
     path = tmp_path / "benchmark.json"
     path.write_text(json.dumps({"machine_info": {"measured_on": measured_on}, "benchmarks": benchmarks}))
-    return report.rows_from_json(path)
+    return report.rows_from_json(path)["fake_quantize"]
 
 
 def test_csv_has_the_columns_and_survives_the_round_trip(tmp_path):
@@ -202,11 +205,16 @@ def test_the_gpu_suite_writes_summaries_alone(tmp_path):
     assert "Never run on a GPU" in (tmp_path / "summary.md").read_text()
 
 
+def without_tests(monkeypatch):
+    monkeypatch.setattr(gpu_suite, "run_tests", lambda *arguments: None)
+    monkeypatch.setattr(gpu_suite.warm, "warm_suites", lambda *arguments: None)
+
+
 def test_failures_come_last_and_set_the_exit_code(monkeypatch, tmp_path, capsys):
     bad = run.Outcome("minmax", rows(tmp_path), "E   RuntimeError: boom", [])
     monkeypatch.setattr(run, "SUITES", ("minmax",))
-    monkeypatch.setattr(run, "run_suite", lambda suite, device, quick, seconds: bad)
-    monkeypatch.setattr(gpu_suite, "run_tests", lambda *arguments: None)
+    monkeypatch.setattr(run, "run_suites", lambda suites, device, mode, seconds: [bad])
+    without_tests(monkeypatch)
     out = tmp_path / "results"
     assert gpu_suite.main(["--device", "cpu", "--no-build", "--out", str(out)]) == 1
     printed = capsys.readouterr()
@@ -219,15 +227,15 @@ def test_the_gpu_suite_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_suite.environment, "commit", lambda: "abc1234")
     monkeypatch.setattr(gpu_suite.environment, "device_name", lambda device: "A Processor x2")
     monkeypatch.setattr(run, "SUITES", ("minmax", "kmeans"))
-    monkeypatch.setattr(gpu_suite, "run_tests", lambda *arguments: None)
+    without_tests(monkeypatch)
     monkeypatch.setattr(gpu_suite, "is_measured", lambda *arguments: True)
     ran = []
 
-    def run_suite(suite, device, quick, seconds):
-        ran.append(suite)
-        return run.Outcome(suite, rows(tmp_path, op=suite), "", [])
+    def run_suites(suites, device, mode, seconds):
+        ran.extend(suites)
+        return [run.Outcome(suite, rows(tmp_path, op=suite), "", []) for suite in suites]
 
-    monkeypatch.setattr(run, "run_suite", run_suite)
+    monkeypatch.setattr(run, "run_suites", run_suites)
     command = ["--device", "cpu", "--no-build", "--out", str(tmp_path / "results")]
     assert gpu_suite.main(command) == 0
     assert ran == ["minmax", "kmeans"]
@@ -239,15 +247,19 @@ def test_the_gpu_suite_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
     assert ran == ["minmax", "kmeans"] * 2
 
 
-@pytest.mark.parametrize(("code", "failed"), [(0, False), (5, False), (99, True)])
-def test_memory_errors_are_failures(monkeypatch, code, failed):
+@pytest.mark.parametrize(
+    ("code", "found", "failed"),
+    [(0, "0 errors", False), (5, "0 errors", False), (99, "2 errors", True), (0, "1 error", True)],
+)
+def test_memory_errors_are_failures(monkeypatch, code, found, failed):
     commands = []
 
     def pretend(command, **options):
         commands.append(command)
-        return gpu_suite.subprocess.CompletedProcess(command, code, "Invalid __global__ write", "")
+        return gpu_suite.subprocess.CompletedProcess(command, code, f"ERROR SUMMARY: {found}", "")
 
     monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: f"/opt/{name}")
+    monkeypatch.setattr(gpu_suite, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu_suite.subprocess, "run", pretend)
     log = gpu_suite.Log()
     gpu_suite.check_memory(log, "kmeans")
@@ -267,42 +279,109 @@ def test_a_table_is_whole_when_it_has_every_case(tmp_path):
     cases = [case for case in importlib.import_module("bench_minmax").CASES if "cuda" in case.devices]
     some = [case.name for case in cases if case.quick]
     assert 0 < len(some) < len(cases)
-    for names, quick, whole in ((some, True, True), (some, False, False), (some[1:], True, False)):
+    parts = ((some, "quick", True), (some, "brief", False), (some[1:], "quick", False))
+    for names, mode, whole in parts:
         kept = [recorded_row | {"case": name} for name in names for recorded_row in rows(tmp_path)]
         report.write_csv(tmp_path / "minmax.csv", kept)
-        assert gpu_suite.is_measured("minmax", tmp_path, "cuda", quick) == whole
-    report.write_csv(tmp_path / "minmax.csv", [rows(tmp_path)[0] | {"case": case.name} for case in cases])
-    assert gpu_suite.is_measured("minmax", tmp_path, "cuda", quick=False)
-    assert not gpu_suite.is_measured("kmeans", tmp_path, "cuda", quick=True)
+        assert gpu_suite.is_measured("minmax", tmp_path, "cuda", mode) == whole
+    for rounds, full in (("20", False), ("60", True)):
+        changes = [{"case": case.name, "rounds": rounds} for case in cases]
+        report.write_csv(tmp_path / "minmax.csv", [rows(tmp_path)[0] | change for change in changes])
+        assert gpu_suite.is_measured("minmax", tmp_path, "cuda", "brief")
+        assert gpu_suite.is_measured("minmax", tmp_path, "cuda", "full") == full
+    assert not gpu_suite.is_measured("kmeans", tmp_path, "cuda", "quick")
 
 
 def test_a_quick_run_leaves_a_full_table_and_names_what_it_has_no_time_for(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run, "SUITES", ("kmeans", "minmax", "range"))
     folder = tmp_path / "a-processor-x2"
-    monkeypatch.setattr(gpu_suite, "is_measured", lambda suite, *rest, quick: suite == "kmeans")
-    clock = iter((0.0, 100.0, 171.0))
-    limits = []
+    monkeypatch.setattr(gpu_suite, "is_measured", lambda *arguments: True)
+    clock = iter((0.0, 100.0, 100.0, 171.0))
+    asked = []
 
-    def run_suite(suite, device, quick, seconds):
-        limits.append(seconds)
-        if suite == "minmax":
-            return run.Outcome(suite, [], "", ["left out for want of time: minmax"])
-        return run.Outcome(suite, rows(tmp_path), "", [])
+    def run_suites(suites, device, mode, seconds):
+        asked.append((suites, mode, seconds))
+        return [run.Outcome(suite, rows(tmp_path), "", []) for suite in suites]
 
-    monkeypatch.setattr(run, "run_suite", run_suite)
+    monkeypatch.setattr(run, "run_suites", run_suites)
     log = gpu_suite.Log()
-    monkeypatch.setattr(gpu_suite.time, "perf_counter", lambda: next(clock, 172.0))
+    monkeypatch.setattr(gpu_suite.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(log, "say", print)
-    gpu_suite.run_benchmarks(log, None, True, False, tmp_path, folder, "cuda", 170.0)
+    for others in (["kmeans", "minmax"], ["range"]):
+        gpu_suite.run_benchmarks(log, [*others, "ceilings"], "quick", tmp_path, folder, "cuda", 170.0)
+    assert asked == [
+        (["ceilings"], "quick", 170.0),
+        (["kmeans", "minmax"], "quick", 70.0),
+        (["ceilings"], "quick", 70.0),
+    ]
     printed = capsys.readouterr().out
-    assert limits == [85.0, 35.0] and not log.failures and not folder.exists()
-    assert "the table there is of a full run" in printed
-    assert "left out for want of time: minmax" in printed and "left out for want of time: range" in printed
+    assert "minmax: 3 rows, shown only: the table there is of a longer run" in printed
+    assert "left out for want of time: range" in printed and not log.failures and not folder.exists()
 
 
-def test_a_suite_that_takes_too_long_is_stopped():
-    outcome = run.run_suite("ceilings", quick=True, seconds=0.1)
+def test_a_suite_without_time_is_left_out(monkeypatch):
+    (outcome,) = run.run_suites(["ceilings"], mode="quick", seconds=0.0)
+    (line,) = outcome.left_out
+    assert not outcome.rows and not outcome.problem and line.endswith("bench_ceilings: for want of time")
+    monkeypatch.setattr(run, "GRACE", 0.1)
+    (outcome,) = run.run_suites(["ceilings"], mode="quick", seconds=0.0)
     assert outcome == run.Outcome("ceilings", [], "", ["left out for want of time: ceilings"])
+
+
+def test_suites_of_one_process_are_told_apart():
+    outcomes = run.run_suites(["minmax", "ceilings"], mode="quick", select="copy or aminmax")
+    assert [outcome.suite for outcome in outcomes] == ["minmax", "ceilings"]
+    assert [{row["op"] for row in outcome.rows} for outcome in outcomes] == [{"minmax"}, {"copy"}]
+    assert not any(outcome.problem for outcome in outcomes)
+
+
+@pytest.mark.parametrize("failed", [["minmax"], ["ceilings", "minmax", "kmeans"]])
+def test_what_fails_beside_others_runs_again_by_itself(monkeypatch, failed):
+    asked = []
+
+    def together(suites, *rest):
+        asked.append(list(suites))
+        alone = len(suites) == 1
+        return [run.Outcome(one, [], "" if alone or one not in failed else "lost", []) for one in suites]
+
+    monkeypatch.setattr(run, "_run_together", together)
+    suites = ["ceilings", "minmax", "kmeans"]
+    outcomes = run.run_suites(suites)
+    assert [outcome.suite for outcome in outcomes] == suites and not any(one.problem for one in outcomes)
+    assert asked == [suites, *([one] for one in failed)]
+
+
+@pytest.mark.parametrize(
+    ("printed", "failed"),
+    [("FAILED bench/bench_minmax.py::test_minmax[a-cuda]", {"minmax"}), ("Abort", {"minmax", "kmeans"})],
+)
+def test_a_failure_is_of_the_suite_that_is_named_and_a_crash_of_all(monkeypatch, printed, failed):
+    result = run.subprocess.CompletedProcess([], 1, printed, "")
+    monkeypatch.setattr(run.subprocess, "run", lambda command, **options: result)
+    outcomes = run._run_together(["minmax", "kmeans"], "cuda", "full", "", None)
+    assert {outcome.suite for outcome in outcomes if outcome.problem} == failed
+
+
+def test_gpu_tests_take_several_workers_where_they_can(monkeypatch):
+    monkeypatch.setattr(gpu_suite.os, "cpu_count", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for found, parallel in ((None, False), (object(), True)):
+        monkeypatch.setattr(gpu_suite, "find_spec", lambda name, found=found: found)
+        command, env = gpu_suite.gpu_tests("kmeans")
+        assert (command[-4:] == ["kmeans", "-n", "14", "--dist=worksteal"]) == parallel
+        assert (env.get("OMP_NUM_THREADS") == "1") == parallel
+
+
+def test_warming_goes_on_after_a_suite_that_takes_too_long(monkeypatch):
+    commands = []
+
+    def never(command, timeout, **options):
+        commands.append(command)
+        raise gpu_suite.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu_suite.warm.subprocess, "run", never)
+    gpu_suite.warm.warm_suites(["minmax", "kmeans"], "cuda", "brief", 80)
+    assert sorted(command[2] for command in commands) == ["kmeans", "minmax"]
+    assert all(command[3:] == ["--device=cuda", "--brief"] for command in commands)
 
 
 def test_tests_that_take_too_long_are_stopped_and_named(monkeypatch, tmp_path, capsys):

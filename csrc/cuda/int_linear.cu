@@ -1,7 +1,7 @@
 // y = x @ ((q - z) * s)^T + bias over packed 8-bit and 4-bit codes, which are decoded as they are read.
 //
 // Four kernels: up to 16 rows of x wait for the weight (few), more of them for the tensor cores (tiles, by mma.sync;
-// from 65 rows of 16-bit x on, warpgroups, by wgmma, on a device of compute capability 9.0 where groups are whole
+// from 17 rows of 16-bit x on, warpgroups, by wgmma, on a device of compute capability 9.0 where groups are whole
 // steps of 64 columns), and rows or groups that no 16-byte load fits take one code at a time (general). plan_for
 // chooses. Sums in fp32; parts of a sum, where columns are split between blocks, are added in a fixed order: the same
 // bits in every run.
@@ -18,7 +18,7 @@
 // Registers, shared memory and blocks of a multiprocessor on sm_90a, bf16 or f16, int8 / int4, by outputs of a block:
 //   few, 16: 80 / 92, 64 / 96 KiB, 3 / 2;  32: 120 / 128, 96 KiB, 2;  64: 200 / 216, 96 KiB, 2
 //   tiles, 64 rows: 126 / 126, 64 / 48 KiB, 2;  128 rows: 254 / 244, 96 / 80 KiB, 1
-//   warpgroups: 231 / 227, 65 KiB, 1
+//   warpgroups: 234 / 217, 65 KiB, 1 (without turns 230 / 226)
 #include "cuda/int_linear.h"
 
 #include <algorithm>
@@ -92,7 +92,9 @@ cudaError_t launch_warpgroups(const Plan& plan, const IntLinear& a, cudaStream_t
     using S = Warpgroups<T, Bits>;
     const int64_t blocks = ceil_div(a.m, S::kRows) * ceil_div(a.n, S::kOutputs);
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(plan.parts));
-    return launch(int_linear_warpgroups_kernel<T, Bits>, grid, S::kThreads, S::kShared, stream, a);
+    const auto kernel = wgmma_turns() ? int_linear_warpgroups_kernel<T, Bits, true>
+                                      : int_linear_warpgroups_kernel<T, Bits, false>;
+    return launch(kernel, grid, S::kThreads, S::kShared, stream, a);
 }
 
 template <typename T, int Bits>

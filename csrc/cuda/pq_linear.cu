@@ -38,9 +38,9 @@ int by_dtype(int dtype, const Body& body) {
     }
 }
 
-// Whether wgmma multiplies m tokens. Its tiles have 128 of them: with up to half as many, the smaller tiles of
-// mma.sync, which are bound by reading codewords, do less that is thrown away.
-bool by_wgmma(int m, const PqWeight& w) { return (m > 64 || wgmma_use() > 1) && pq_wgmma_serves(w); }
+// Whether wgmma multiplies m tokens: any but the few of pq_linear_few. (8192x8192, d = 8, bf16 on an H200: 64 tokens
+// take 86 us by mma.sync, 128 take 50 us by wgmma.)
+bool by_wgmma(int m, const PqWeight& w) { return (m > kFewTokens || wgmma_use() > 1) && pq_wgmma_serves(w); }
 
 // The gradient of x has no parts: a grid is its tiles, which are twice as large as those of mma.sync and pay off where
 // there is one for most multiprocessors.

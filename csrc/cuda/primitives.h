@@ -117,6 +117,17 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// Barriers 1 to 15 beside __syncthreads(), which is 0: complete when `Threads` have come, in whole warps, by either.
+// sync waits for that; arrive does not, and what it comes after is there for those that wait.
+template <int Threads>
+__device__ __forceinline__ void barrier_sync(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(Threads) : "memory");
+}
+template <int Threads>
+__device__ __forceinline__ void barrier_arrive(int id) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(Threads) : "memory");
+}
+
 // Bit i of the result: bit (4 a_i + 2 b_i + c_i) of Table. Of (0xf0, 0xcc, 0xaa) for (a, b, c) Table is the formula.
 template <int Table>
 __device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

@@ -9,7 +9,7 @@ from numeric import assert_identical
 
 import qnkernels as qnk
 from qnkernels import functional as F
-from qnkernels.backends.cuda import use_wgmma
+from qnkernels.backends.cuda import use_wgmma, wgmma_turns
 from qnkernels.reference.int_linear import dequantize_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,7 +86,7 @@ def test_int_linear_of_a_layer(device, backend, dtype, bits, m):
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("m", [1, 3, 16, 64, 65, 300])
+@pytest.mark.parametrize("m", [1, 3, 16, 17, 64, 300])
 @pytest.mark.parametrize(("n", "k", "groups"), [(8192, 8192, 1), (8200, 1024, 8), (1016, 4096, 32)])
 def test_int_linear_of_a_large_layer(device, backend, dtype, bits, m, n, k, groups):
     """Enough outputs for every multiprocessor, with wgmma and without."""
@@ -95,8 +95,14 @@ def test_int_linear_of_a_large_layer(device, backend, dtype, bits, m, n, k, grou
     layer = packed_layer(n, k, bits, groups, generator)
     x, *layer = moved(device, x, *layer)
     decoded = dequantize_weight(*layer, bits)
-    for where in ("never", "best") if backend == "cuda" else ("best",):
-        with qnk.backend(backend), use_wgmma(where) if backend == "cuda" else contextlib.nullcontext():
+    for where, turns in (("never", True), ("best", True), ("best", False)):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(qnk.backend(backend))
+            if backend == "cuda":
+                stack.enter_context(use_wgmma(where))
+                stack.enter_context(wgmma_turns(turns))
+            elif where == "never" or not turns:
+                continue
             actual = F.int_linear(x, *layer, None, bits)
         assert_within_bound(actual, x, decoded, None, dtype)
 

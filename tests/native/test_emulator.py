@@ -75,6 +75,15 @@ def test_reversed():
     assert torch.equal(run("reversed", X), X.flip(0))
 
 
+def test_turns_by_named_barriers():
+    value = torch.zeros(32)
+    for turn in (1, 2) * 2:
+        value = 2 * value + turn * X[:32]
+    y = run("taken_in_turns", X)
+    torch.testing.assert_close(y[:32], value)
+    assert torch.equal(y[32:64], y[:32]) and y[64:].isnan().all()
+
+
 @pytest.mark.parametrize("name", ["bf16", "f16", "bf16_trans"])
 def test_products_of_16_bits(name):
     dtype = torch.float16 if name == "f16" else torch.bfloat16
@@ -112,6 +121,12 @@ def test_products_of_8_bits(name, low, high):
             r"deadlock: threads 0 to 15 wait at .*cases\.cu:\d+; threads 16 to 95 have",
         ),
         ("barrier_after_exit", r"deadlock: .*threads 3 to 3 have exited"),
+        ("turn_never_given", r"deadlock: threads 0 to 31 have exited; threads 32 to 63 wait at barrier 2, "),
+        ("turns_too_few", "ends with 32 arrivals left over at barrier 1"),
+        ("turns_too_many", "ends with 32 arrivals left over at barrier 3"),
+        ("turns_twice", "comes to barrier 1 twice before it is complete"),
+        ("turns_half_a_warp", "deadlock|some lanes of warp|twice before"),
+        ("turns_other_count", "barrier 1 of (64|96) threads, to which others came as one of"),
         ("two_barriers", r"waits at the barrier .*, but thread \d+ at"),
         ("shuffle_from_absent", "__shfl_sync from lane 20, which takes no part"),
         ("lanes_disagree", r"lane \d+ is in __\w+ with 0xffffffff"),

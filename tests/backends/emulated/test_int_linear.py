@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_emulator import alignment, capability, emulated, processors, shared_memory
+from helpers_emulator import alignment, capability, emulated, processors, shared_memory, wgmma_turns
 from helpers_int_linear import UNIT, Packed, assert_within, output_rounding, random_packed
 from numeric import DTYPES, assert_identical
 from pairs import covering, name
@@ -23,7 +23,7 @@ SIZES = {
 }
 # for wgmma: below, at and past a tile of rows, outputs and columns
 WIDE = {
-    "m": (65, 66, 127, 128, 129, 260),
+    "m": (17, 64, 66, 127, 128, 129, 260),
     "k": (32, 64, 80, 96, 128, 192, 320, 1088),
     "n": (1, 15, 65, 128, 130),
     "group": (None, None, 64, 128),
@@ -80,9 +80,10 @@ def test_every_element_is_within_the_bound(case):
     check_case(case)
 
 
+@pytest.mark.parametrize("turns", [True, False], ids=["turns", "no turns"])
 @pytest.mark.parametrize("case", list(covering(WIDE, aligned)), ids=name)
-def test_every_element_is_within_the_bound_with_wgmma(case):
-    with capability(90, "int_linear"):
+def test_every_element_is_within_the_bound_with_wgmma(case, turns):
+    with capability(90, "int_linear"), wgmma_turns(turns, "int_linear"):
         check_case(case)
 
 
@@ -107,12 +108,17 @@ def test_every_kernel(bits, dtype):
                 check(torch.randn(m, 384, generator=seeded(m + 1)).to(dtype), packed)
 
 
+@pytest.mark.parametrize("turns", [True, False], ids=["turns", "no turns"])
 @pytest.mark.parametrize(("bits", "dtype"), [(8, torch.bfloat16), (4, torch.float16)], ids=str)
-def test_wgmma_in_every_group_and_part(bits, dtype):
+def test_wgmma_in_every_group_and_part(bits, dtype, turns):
     """Sums taken over in the middle of a group and at its end, parts that start and end there."""
     for groups, count in ((1, 1), (1, 5), (9, 1), (9, 7), (3, 2)):
         packed = random_packed(20, 576, bits, groups, seeded(groups), unit=2**-10)
-        with capability(90, "int_linear"), processors(count, "int_linear"):
+        with (
+            capability(90, "int_linear"),
+            processors(count, "int_linear"),
+            wgmma_turns(turns, "int_linear"),
+        ):
             check(torch.randn(70, 576, generator=seeded(count)).to(dtype), packed)
 
 
@@ -129,8 +135,8 @@ def test_what_takes_wgmma():
         return True
 
     more, less = 66_600, 66_500
-    assert fits(65, 90, more) and not fits(65, 90, less) and fits(65, 90, more, groups=2)
-    assert fits(64, 90, less)
+    assert fits(17, 90, more) and not fits(17, 90, less) and fits(65, 90, more, groups=2)
+    assert fits(17, 80, less) and fits(17, 90, less, groups=4)
     assert not fits(65, 80, more) and not fits(65, 90, more, groups=4)
     assert not fits(65, 90, more, dtype=torch.float32)
 

@@ -124,6 +124,35 @@ __global__ void two_barriers(const float* x, float* y, int) {
     y[threadIdx.x] = 0;
 }
 
+enum class Pass { Right, TooFew, TooMany, Twice, HalfAWarp, OtherCount };
+
+// The first 32 threads and the next take turns at adding to one value, n / 32 - 1 turns each, by barriers 1 and 2.
+template <Pass What>
+__global__ void taken_in_turns(const float* x, float* y, int n) {
+    QNK_SHARED(float, value, [32]);
+    const int lane = static_cast<int>(threadIdx.x) % 32, mine = 1 + static_cast<int>(threadIdx.x) / 32;
+    if (mine > 2) return;
+    if (mine == 1) value[lane] = 0;
+    if (mine == 2) barrier_arrive<64>(1);
+    if (What == Pass::TooMany && mine == 1) barrier_arrive<64>(3);
+    if (What == Pass::Twice && mine == 2) barrier_arrive<64>(1);
+    if (What == Pass::OtherCount) barrier_arrive<96>(1);
+    for (int i = 0; i < n / 32 - 1; ++i) {
+        barrier_sync<64>(mine);
+        value[lane] = 2 * value[lane] + static_cast<float>(mine) * x[lane];
+        if (What != Pass::HalfAWarp || lane % 2 == 0) barrier_arrive<64>(3 - mine);
+    }
+    if (What == Pass::HalfAWarp && mine == 1) barrier_arrive<64>(2);
+    if (mine == 1 && What != Pass::TooFew) barrier_sync<64>(1);
+    y[threadIdx.x] = value[lane];
+}
+
+// The second half waits for what the first never says.
+__global__ void turn_never_given(const float* x, float* y, int) {
+    if (threadIdx.x >= 32 && threadIdx.x < 64) barrier_sync<64>(2);
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
 __global__ void shuffle_from_absent(const float* x, float* y, int) {
     float v = x[threadIdx.x];
     if (threadIdx.x % 32 < 16) v = __shfl_sync(0x0000ffffu, v, 20);
@@ -283,6 +312,13 @@ QNK_SIMPLE(missing_second_barrier)
 QNK_SIMPLE(barrier_for_some)
 QNK_SIMPLE(barrier_after_exit)
 QNK_SIMPLE(two_barriers)
+QNK_SIMPLE(turn_never_given)
+QNK_CASE(taken_in_turns, qnk::taken_in_turns<qnk::Pass::Right>, 0)
+QNK_CASE(turns_too_few, qnk::taken_in_turns<qnk::Pass::TooFew>, 0)
+QNK_CASE(turns_too_many, qnk::taken_in_turns<qnk::Pass::TooMany>, 0)
+QNK_CASE(turns_twice, qnk::taken_in_turns<qnk::Pass::Twice>, 0)
+QNK_CASE(turns_half_a_warp, qnk::taken_in_turns<qnk::Pass::HalfAWarp>, 0)
+QNK_CASE(turns_other_count, qnk::taken_in_turns<qnk::Pass::OtherCount>, 0)
 QNK_SIMPLE(shuffle_from_absent)
 QNK_SIMPLE(lanes_disagree)
 QNK_SIMPLE(float_atomics)

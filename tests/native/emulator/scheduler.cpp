@@ -30,8 +30,9 @@ namespace {
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStack = 256 * 1024, kStackGuard = 4096;
 constexpr size_t kStaticSharedLimit = 48 * 1024;
+constexpr int kBarriers = 16;
 
-enum class State { Ready, Barrier, Collective, Exited };
+enum class State { Ready, Barrier, Named, Collective, Exited };
 
 struct Fiber {
     jmp_buf at;
@@ -39,6 +40,7 @@ struct Fiber {
     State state = State::Exited;
     const char* where = "";  // file of the barrier, or name of the collective, that it waits at
     int line = 0;
+    int id = 0;  // of the named barrier
     bool predicate = false;
     int counted = 0;  // predicates of the last barrier
     uint32_t mask = 0;
@@ -51,7 +53,14 @@ struct Fiber {
 // depends on it lack a barrier.
 enum Order { Lowest, Highest, Shuffled };
 
+struct Named {
+    enum Came : char { No, Arrived, Waits };
+    int needed = 0, count = 0;  // threads to complete it, and those that have come
+    Came came[kMaxThreads] = {};
+};
+
 Fiber fibers[kMaxThreads];
+Named named[kBarriers];
 unsigned char* stacks = nullptr;
 int threads = 0, current = 0, waiting = 0;
 uint32_t in_collective[kMaxThreads / kLanes], exited[kMaxThreads / kLanes];  // lanes of each warp
@@ -141,8 +150,22 @@ void release_barrier() {
     end_of_barrier();
 }
 
+void release_named(int id) {
+    Named& barrier = named[id];
+    for (int t = 0; t < threads; ++t) {
+        if (barrier.came[t] != barrier.came[t / kLanes * kLanes])
+            fail("barrier %d completes with some lanes of warp %d", id, t / kLanes);
+        if (barrier.came[t] == Named::Waits) fibers[t].state = State::Ready;
+    }
+    const bool all = barrier.count == threads;
+    barrier = Named{};
+    if (all) end_of_named_barrier(id);
+}
+
 std::string waits(const Fiber& fiber) {
     if (fiber.state == State::Exited) return "have exited";
+    if (fiber.state == State::Named)
+        return "wait at barrier " + std::to_string(fiber.id) + ", " + fiber.where + ":" + std::to_string(fiber.line);
     if (fiber.state == State::Barrier) return std::string("wait at ") + fiber.where + ":" + std::to_string(fiber.line);
     return std::string("wait in ") + fiber.where;
 }
@@ -195,6 +218,7 @@ void run_block() {
         fibers[t].copies.commits = 0;
     }
     waiting = 0;
+    for (Named& barrier : named) barrier = Named{};
     start_of_block(threads);
     const int count = (threads + kLanes - 1) / kLanes;
     for (int warp = 0; warp < count; ++warp) {
@@ -210,6 +234,8 @@ void run_block() {
         if (!progress) report_deadlock();
     }
     end_of_block();
+    for (int id = 1; id < kBarriers; ++id)
+        if (named[id].count) fail("the block ends with %d arrivals left over at barrier %d", named[id].count, id);
     if (shared_memory_ && !shared_memory_->intact()) fail("the block wrote beside its dynamic shared memory");
     for (auto& one : shared_arrays)
         if (!one.second->intact()) fail("the block wrote beside a static shared array");
@@ -251,6 +277,24 @@ int barrier(bool predicate, const char* file, int line) {
     else
         switch_to_scheduler();
     return fiber.counted;
+}
+
+void named_barrier(int id, int count, bool waits, const char* file, int line) {
+    if (id < 1 || id >= kBarriers) fail("named barrier %d: there are 1 to %d", id, kBarriers - 1);
+    if (count % kLanes || count > threads) fail("barrier %d of %d threads, of %d in the block", id, count, threads);
+    Named& barrier = named[id];
+    if (barrier.count && barrier.needed != count)
+        fail("barrier %d of %d threads, to which others came as one of %d", id, count, barrier.needed);
+    if (barrier.came[current]) fail("comes to barrier %d twice before it is complete", id);
+    barrier.needed = count;
+    barrier.came[current] = waits ? Named::Waits : Named::Arrived;
+    comes_to_named_barrier(id);
+    Fiber& fiber = fibers[current];
+    if (waits) fiber.state = State::Named, fiber.id = id, fiber.where = file, fiber.line = line;
+    if (++barrier.count == count)
+        release_named(id);
+    else if (waits)
+        switch_to_scheduler();
 }
 
 void collective(uint32_t mask, Combine combine, void* payload, const char* name) {

@@ -1,6 +1,6 @@
 // CUDA threads as fibers of one OS thread: blocks one after another, and in a block a fiber runs until it waits for
 // others at a barrier or a warp collective. What a GPU leaves undefined is reported, with block and thread.
-// Not emulated: blocks that wait for each other, named barriers, mbarriers, clusters and TMA.
+// Not emulated: blocks that wait for each other, mbarriers, clusters and TMA.
 #pragma once
 
 #include <stddef.h>
@@ -38,6 +38,10 @@ const char* message();
 
 // __syncthreads at file:line. Returns how many threads of the block came with a predicate that is true.
 int barrier(bool predicate, const char* file, int line);
+
+// bar.sync (waits) or bar.arrive with an id and a number of threads. What a GPU takes amiss fails: a thread that comes
+// twice before the barrier completes, warps of which only some lanes come, arrivals that are left over.
+void named_barrier(int id, int count, bool waits, const char* file, int line);
 
 // Waits until all lanes of `mask` that have not exited are here with the same mask and combine. The last of them calls
 // combine with the payload of each lane, null for those that are absent; then all go on.

@@ -7,6 +7,16 @@ inline void __syncthreads(QNK_HERE) { emulator::barrier(true, file, line); }
 inline int __syncthreads_count(int predicate, QNK_HERE) { return emulator::barrier(predicate != 0, file, line); }
 inline int __syncthreads_or(int predicate, QNK_HERE) { return emulator::barrier(predicate != 0, file, line) > 0; }
 inline int __syncthreads_and(int predicate, QNK_HERE) { return emulator::barrier(predicate == 0, file, line) == 0; }
+namespace qnk {
+template <int Threads>
+void barrier_sync(int id, QNK_HERE) {
+    emulator::named_barrier(id, Threads, true, file, line);
+}
+template <int Threads>
+void barrier_arrive(int id, QNK_HERE) {
+    emulator::named_barrier(id, Threads, false, file, line);
+}
+}  // namespace qnk
 #undef QNK_HERE
 
 namespace emulator {

@@ -33,7 +33,9 @@ struct Fragment {  // of A, as it was at the last fence
 struct Thread {
     std::vector<Product> pending;
     unsigned commits;
-    bool proxy_fence;           // since the last barrier
+    unsigned proxy_fences;      // so far
+    unsigned seen_fences;       // of them before a barrier to which all came with one
+    unsigned fences_at[16];     // before it came to a named barrier
     std::vector<Fragment> fenced;  // by the last fence
     bool fence_complete;           // so that the next array begins another
     std::map<const float*, std::vector<float>> sums;  // of products; in memory they are poison in flight
@@ -210,10 +212,19 @@ void start_of_block(int threads) {
 }
 
 void end_of_barrier() {
-    const auto fenced = [](const Thread& one) { return one.proxy_fence; };
+    const auto fenced = [](const Thread& one) { return one.proxy_fences != one.seen_fences; };
     const bool all = std::all_of(threads_of_block, threads_of_block + count, fenced);
-    for (int t = 0; t < count; ++t) threads_of_block[t].proxy_fence = false;
+    for (int t = 0; t < count; ++t) threads_of_block[t].seen_fences = threads_of_block[t].proxy_fences;
     if (all) visible.assign(shared(), shared() + shared_memory_bytes());
+}
+
+void comes_to_named_barrier(int id) { mine().fences_at[id] = mine().proxy_fences; }
+
+void end_of_named_barrier(int id) {
+    const auto fenced = [&](const Thread& one) { return one.fences_at[id] != one.seen_fences; };
+    if (!std::all_of(threads_of_block, threads_of_block + count, fenced)) return;
+    for (int t = 0; t < count; ++t) threads_of_block[t].seen_fences = threads_of_block[t].fences_at[id];
+    visible.assign(shared(), shared() + shared_memory_bytes());
 }
 
 void end_of_thread() {
@@ -250,7 +261,7 @@ void fence() {
     mine().fence_complete = true;
 }
 
-void fence_proxy() { mine().proxy_fence = true; }
+void fence_proxy() { ++mine().proxy_fences; }
 
 static void issue(Product product) {
     Thread& one = mine();

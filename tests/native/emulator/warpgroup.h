@@ -3,7 +3,8 @@
 // A product of a warpgroup is one of each of its four warps, for the 16 rows that the warp has. It lands at the wait:
 // until then its sums hold poison. What the hardware may read at any time between is read at both ends, and has to be
 // the same: the registers of A, and the tile of B. The tile also has to be what it was at the last barrier to which
-// all threads came with a fence of the async proxy; later writes might not be seen.
+// all threads came with a fence of the async proxy; later writes might not be seen. A named barrier of all threads is
+// one, too; for it a fence counts that came after the last barrier of this kind.
 #pragma once
 
 #include "scheduler.h"
@@ -13,6 +14,8 @@ namespace emulator {
 // Hooks of the scheduler.
 void start_of_block(int threads);
 void end_of_barrier();
+void comes_to_named_barrier(int id);  // the fiber that runs
+void end_of_named_barrier(int id);    // one of all threads
 void end_of_thread();
 void end_of_block();
 

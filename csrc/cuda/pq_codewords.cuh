@@ -60,9 +60,10 @@ class Codewords {
         return {start_ + (inside ? piece * piece_bytes_ : InShared ? zeros_ : 0), inside ? row_bytes_ : 0};
     }
 
-    template <typename Code>
+    // Inside: `from` is known to be no source of zeros.
+    template <typename Code, bool Inside = false>
     __device__ __forceinline__ Piece load(const Source& from, int code) const {
-        if (!InShared && from.row_bytes == 0) return {};
+        if (!InShared && !Inside && from.row_bytes == 0) return {};
         return *reinterpret_cast<const Piece*>(from.start + existing<Code>(code) * from.row_bytes);
     }
 

@@ -22,32 +22,61 @@ struct OctetCodes {
     }
 };
 
-// sums[i] += x @ W^T for 32 columns and up to 16 tokens, of which this thread has the octet at `place`. x: that octet
-// of the tokens g and g + 8. sums[i]: (token g, run 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), output i of the
-// run. Codewords are the operand of 8 columns, whose two registers are adjacent words of one codeword: with them as
-// that of 16 rows, every other register would be another codeword's, and moves as many as loads are long. The words
-// of x, which are loaded in fours, have to be moved once; `zero`, of which the compiler does not know that it is 0,
-// keeps it from moving them anew for every product (70 instructions a step instead of 96).
-template <typename T, typename Code, int Width, bool InShared, int Run>
+// Up to 4 tokens, `x` of a step: with codewords as the operand of 16 rows, row g has the words 0 and 2 of a codeword as
+// it was loaded, row g + 8 words 1 and 3 of the same. So column 2t has those words of token t, and column 2t + 1
+// these: what counts of a product is (row g, column 2t) and (row g + 8, column 2t + 1), two sums of one thread. This
+// takes one product for an octet instead of two, and no register has to be moved. 8 or 16 tokens: the octets of g and
+// g + 8.
+template <int Tokens>
+struct FewX {
+    PqWords<4> octet[Tokens / 8];
+};
+template <>
+struct FewX<4> {
+    uint32_t word[2];  // g % 2 and g % 2 + 2 of token g / 2
+};
+
+// sums[i] += x @ W^T for 32 columns, of which this thread has the octet whose codes are given. sums[i], output i of the
+// run: up to 4 tokens, (token t, run g) is [0] + [3]; otherwise (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). For
+// these, codewords are the operand of 8 columns, whose two registers are adjacent words of one codeword. The words of
+// x, which are loaded in fours, have to be moved once; `zero`, of which the compiler does not know that it is 0, keeps
+// it from moving them anew for every product.
+template <typename T, bool Inside, typename Code, int Width, bool InShared, int Run, int Tokens>
 __device__ __forceinline__ void multiply_few(float (&sums)[Run][4], const Codewords<Width, InShared>& codewords,
-                                             const OctetCodes<Code, Width, Run>& codes, const OctetPlace<Width>& place,
-                                             int blocks, const PqWords<4> (&x)[2], uint32_t zero) {
+                                             const typename Codewords<Width, InShared>::Source (&from)[8 / Width],
+                                             const OctetCodes<Code, Width, Run>& codes, const FewX<Tokens>& x,
+                                             uint32_t zero) {
+    constexpr int kTogether = 4;  // runs whose products take turns, so that none waits for the one before
     uint32_t a[2][4];
+    if constexpr (Tokens > 4) {
 #pragma unroll
-    for (int k = 0; k < 2; ++k)
+        for (int k = 0; k < 2; ++k)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[k][i] = x[i % 2].word[2 * k + i / 2] ^ zero;
+            for (int i = 0; i < 4; ++i)
+                a[k][i] = x.octet[Tokens == 16 ? i % 2 : 0].word[2 * k + i / 2] ^ (Tokens == 8 && i % 2 ? ~zero : zero);
+    }
 #pragma unroll
-    for (int h = 0; h < 8 / Width; ++h) {
-        const auto from = codewords.source(place.piece[h], place.block[h] < blocks);
+    for (int first = 0; first < Run; first += kTogether) {
+        PqWords<4> w[kTogether];
 #pragma unroll
-        for (int i = 0; i < Run; ++i) {
-            const auto codeword = codewords.template load<Code>(from, codes.run[h].at(i));
+        for (int i = 0; i < kTogether; ++i)
 #pragma unroll
-            for (int s = 0; s < Width / 4; ++s) {
-                const uint32_t b[2] = {codeword.word[2 * s], codeword.word[2 * s + 1]};
-                mma_m16n8k16<T>(sums[i], a[h * (Width / 4) + s], b);
+            for (int h = 0; h < 8 / Width; ++h) {
+                const auto piece = codewords.template load<Code, Inside>(from[h], codes.run[h].at(first + i));
+#pragma unroll
+                for (int j = 0; j < Width / 2; ++j) w[i].word[h * (Width / 2) + j] = piece.word[j];
             }
+        if constexpr (Tokens == 4) {
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) mma_m16n8k16<T>(sums[first + i], w[i].word, x.word);
+        } else {
+#pragma unroll
+            for (int k = 0; k < 2; ++k)
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i) {
+                    const uint32_t b[2] = {w[i].word[2 * k], w[i].word[2 * k + 1]};
+                    mma_m16n8k16<T>(sums[first + i], a[k], b);
+                }
         }
     }
 }

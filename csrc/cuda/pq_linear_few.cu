@@ -24,80 +24,176 @@ namespace {
 constexpr int kWarps = 16, kThreads = 32 * kWarps;
 constexpr int kMinSteps = 2 * kWarps;
 
-// Whole: n is a multiple of Run and the columns of 8. Octets of tokens: 1 or 2.
-template <typename T, typename Code, int Width, bool InShared, int Run, int Octets, bool Whole>
+// What a warp reads for its steps. Even: n is a multiple of Run, the columns are of 8, and a thread's octets have the
+// same place in their blocks. Then nothing needs a check but the number of steps.
+template <typename T, typename Code, int Width, int Run, int Tokens, bool Even>
+struct FewReader {
+    static constexpr int kRows = Tokens == 16 ? 2 : 1;
+
+    const PqWeight& w;
+    OctetPlace<Width> place, by;  // place: of the next codes
+    const T* rows[kRows];         // of x
+    int first_output, columns, octet, octets_by;  // octet: of the next x
+    const Code* codes_at[8 / Width];
+    int64_t codes_by;
+
+    __device__ FewReader(const PqWeight& w, const T* x, int m, int first_octet, int octets_by, int first_output)
+        : w(w),
+          place(first_octet, w.d / Width),
+          by(octets_by, w.d / Width),
+          first_output(first_output),
+          columns(w.columns()),
+          octet(first_octet),
+          octets_by(octets_by) {
+        const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            const int token = Tokens == 4 ? g / 2 : g + 8 * i;  // past the last: any, whose products nobody reads
+            rows[i] = x + static_cast<int64_t>(token < m ? token : m - 1) * columns;
+            if (Even) rows[i] += octet * 8 + (Tokens == 4 ? g % 2 * 2 : 0);
+        }
+        if (!Even) return;
+        const int output = first_output < w.n ? first_output : w.n - Run;
+#pragma unroll
+        for (int h = 0; h < 8 / Width; ++h)
+            codes_at[h] = static_cast<const Code*>(w.codes) + static_cast<int64_t>(place.block[h]) * w.n + output;
+        codes_by = static_cast<int64_t>(by.block[0]) * w.n;
+    }
+
+    // Of the next step. Even: where it exists.
+    __device__ __forceinline__ void load(OctetCodes<Code, Width, Run>& codes, bool exists) {
+        if constexpr (Even) {
+#pragma unroll
+            for (int h = 0; h < 8 / Width; ++h) {
+                using Words = decltype(codes.run[h].codes);
+                if (exists) codes.run[h].codes = *reinterpret_cast<const Words*>(codes_at[h]);
+                codes_at[h] += codes_by;
+            }
+        } else {
+            codes.load(w, place, first_output);
+            place.advance(by, w.d / Width);
+        }
+    }
+    __device__ __forceinline__ void load(FewX<Tokens>& x, bool exists) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            if constexpr (Even) {
+                if (exists) read(x, i, rows[i]);
+                rows[i] += octets_by * 8;
+            } else {
+                x.octet[i] = load_octet(rows[i], octet * 8, columns);
+            }
+        }
+        octet += octets_by;
+    }
+
+    // Of the step `steps` further on than the next, zeros past the end.
+    __device__ __forceinline__ bool load_rest(OctetCodes<Code, Width, Run>& codes, FewX<Tokens>& x, int steps) const {
+        codes = {}, x = {};
+        if (octet + steps * octets_by >= columns / 8) return false;
+#pragma unroll
+        for (int h = 0; h < 8 / Width; ++h)
+            codes.run[h].codes = *reinterpret_cast<const decltype(codes.run[h].codes)*>(codes_at[h] + steps * codes_by);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) read(x, i, rows[i] + steps * octets_by * 8);
+        return true;
+    }
+
+  private:
+    static __device__ __forceinline__ void read(FewX<Tokens>& x, int i, const T* from) {
+        if constexpr (Tokens == 4) {
+            x.word[0] = *reinterpret_cast<const uint32_t*>(from);
+            x.word[1] = *reinterpret_cast<const uint32_t*>(from + 4);
+        } else {
+            x.octet[i] = *reinterpret_cast<const PqWords<4>*>(from);
+        }
+    }
+};
+
+// Tokens: up to 4, 8 or 16.
+template <typename T, typename Code, int Width, bool InShared, int Run, int Tokens, bool Even>
 __global__ void __launch_bounds__(kThreads)
     pq_linear_few_kernel(const T* __restrict__ x, PqWeight w, CodewordTable table, PqOutput out, int m) {
-    constexpr int kOutputs = 8 * Run;
-    // steps whose codes are under way while as many are multiplied (2 to 8: up to 64 bytes of a thread), and whose x is
-    constexpr int kAhead = 64 / Octets / sizeof(OctetCodes<Code, Width, Run>) > 8
-                               ? 8
-                               : 64 / Octets / sizeof(OctetCodes<Code, Width, Run>);
-    constexpr int kAheadX = Octets == 1 && kAhead > 2 ? 4 : 2;
+    constexpr int kOutputs = 8 * Run, kParts = 8 / Width;
+    // steps whose codes are under way, up to 64 bytes of a thread, and whose x is
+    constexpr int kCodes = (Tokens == 4 ? 64 : 32) / sizeof(OctetCodes<Code, Width, Run>);
+    constexpr int kAhead = kCodes > 8 ? 8 : kCodes < 2 ? 2 : kCodes;
+    constexpr int kAheadX = kAhead > 2 ? 4 : 2;
     QNK_SHARED_MEMORY(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first_output = blockIdx.x * kOutputs;
-    const int columns = w.columns(), pieces = w.d / Width;
-    const int stride = kWarps * gridDim.y, steps = (columns + 31) / 32;
+    const int pieces = w.d / Width;
+    const int stride = kWarps * gridDim.y, steps = (w.columns() + 31) / 32;
     const uint32_t zero = gridDim.z - 1;  // see multiply_few
 
-    const int first_octet = (blockIdx.y * kWarps + warp) * 4 + t;
-    const OctetPlace<Width> by(stride * 4, pieces);
-    OctetPlace<Width> ahead(first_octet, pieces), place = ahead;
-    OctetCodes<Code, Width, Run> next[kAhead];
-    const auto load = [&] {
+    // Even: the steps that every warp has, and one more, the first, for those that have it.
+    const int rounds = Even ? w.columns() / 32 / stride : (steps + stride - 1) / stride;
+    using Reader = FewReader<T, Code, Width, Run, Tokens, Even>;
+    Reader reader(w, x, m, (blockIdx.y * kWarps + warp) * 4 + t, stride * 4, first_output + g * Run);
+    OctetPlace<Width> place = reader.place;
+    OctetCodes<Code, Width, Run> codes[kAhead], rest_codes;
+    FewX<Tokens> octets[kAheadX], rest_x;
+    const bool rest = Even && rounds * stride < steps;
+    bool inside = false;
+    if constexpr (Even)
+        if (rest) inside = reader.load_rest(rest_codes, rest_x, rounds);
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            next[i].template load<Whole>(w, ahead, first_output + g * Run);
-            ahead.advance(by, pieces);
-        }
-    };
-    load();
-    // of a step: the octet of tokens g and g + 8
-    PqWords<4> octets[kAheadX][2] = {};
-    int octet = first_octet;
-    const auto load_x = [&](PqWords<4>(&to)[2]) {
+    for (int i = 0; i < kAhead; ++i) reader.load(codes[i], i < rounds);
 #pragma unroll
-        for (int i = 0; i < Octets; ++i) {
-            const int token = g + 8 * i;
-            if (token < m) to[i] = load_octet<Whole>(x + static_cast<int64_t>(token) * columns, octet * 8, columns);
-        }
-        octet += stride * 4;
-    };
-#pragma unroll
-    for (int i = 0; i < kAheadX - 1; ++i) load_x(octets[i]);
+    for (int i = 0; i < kAheadX; ++i) reader.load(octets[i], i < rounds);
     Codewords<Width, InShared>::fill(w, table, shared);
     __syncthreads();
 
     const Codewords<Width, InShared> codewords(w, table, shared);
+    typename Codewords<Width, InShared>::Source from[kParts];
+    const auto find = [&](bool ends, bool inside) {
+#pragma unroll
+        for (int h = 0; h < kParts; ++h)
+            from[h] = codewords.source(place.piece[h], ends ? place.block[h] < w.blocks : inside);
+    };
     float sums[Run][4] = {};
-    for (int step = blockIdx.y * kWarps + warp; step < steps; step += kAhead * stride) {
-        OctetCodes<Code, Width, Run> codes[kAhead];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) codes[i] = next[i];
-        load();
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            load_x(octets[(i + kAheadX - 1) % kAheadX]);
-            if (step + i * stride < steps)
-                multiply_few<T>(sums, codewords, codes[i], place, w.blocks, octets[i % kAheadX], zero);
-            place.advance(by, pieces);
+    if constexpr (Even) {
+        if (rest) {
+            find(false, inside);
+            multiply_few<T, false>(sums, codewords, from, rest_codes, rest_x, zero);
         }
+        find(false, true);
     }
+    const auto multiply_all = [&] {
+        for (int left = rounds;; left -= kAhead) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                if (i >= left) return;
+                if constexpr (!Even) find(true, true);
+                multiply_few<T, Even>(sums, codewords, from, codes[i], octets[i % kAheadX], zero);
+                reader.load(codes[i], i + kAhead < left);
+                reader.load(octets[i % kAheadX], i + kAheadX < left);
+                if constexpr (!Even) place.advance(reader.by, pieces);
+            }
+        }
+    };
+    multiply_all();
 
     // The table has been read: the sums of all warps, [warp][token][i][of 8 runs], take its place. A token's are a
     // quarter of the banks further than those of the one before.
     constexpr int kTokenWords = kOutputs + 8;
     __syncthreads();
     float* all = reinterpret_cast<float*>(shared);
+    if constexpr (Tokens == 4) {
+        if (t < m) {
 #pragma unroll
-    for (int half = 0; half < Octets; ++half) {
-        const int token = g + half * 8;
-        if (token >= m) continue;
+            for (int i = 0; i < Run; ++i) all[(warp * m + t) * kTokenWords + i * 8 + g] = sums[i][0] + sums[i][3];
+        }
+    } else {
 #pragma unroll
-        for (int i = 0; i < Run; ++i)
-            *reinterpret_cast<float2*>(all + (warp * m + token) * kTokenWords + i * 8 + 2 * t) =
-                make_float2(sums[i][2 * half], sums[i][2 * half + 1]);
+        for (int half = 0; half < Tokens / 8; ++half) {
+            const int token = g + half * 8;
+            if (token >= m) continue;
+#pragma unroll
+            for (int i = 0; i < Run; ++i)
+                *reinterpret_cast<float2*>(all + (warp * m + token) * kTokenWords + i * 8 + 2 * t) =
+                    make_float2(sums[i][2 * half], sums[i][2 * half + 1]);
+        }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < m * kOutputs; i += kThreads) {
@@ -117,11 +213,17 @@ __global__ void __launch_bounds__(kThreads)
 
 bool table_fits(const PqWeight& w) { return codeword_table(w, w.d % 8 ? 4 : 8, 0).rows > 0; }
 
+// Whether a thread's octets, every 64th or a multiple of that, have the same place in their blocks, and all runs are
+// whole.
+bool even(const PqWeight& w, int run) {
+    const int width = w.d % 8 ? 4 : 8;
+    return w.n % run == 0 && w.columns() % 8 == 0 && kWarps * 4 * (8 / width) % (w.d / width) == 0;
+}
+
 // Adjacent outputs of a thread, an eighth of those of a block: fewer where more would leave multiprocessors idle, or
 // registers short.
 int run_of(const PqWeight& w) {
-    const bool whole = w.n % 8 == 0 && w.columns() % 8 == 0;
-    return whole && table_fits(w) && (w.n + 63) / 64 * 10 >= processors() * 9 ? 8 : 4;
+    return even(w, 8) && table_fits(w) && (w.n + 63) / 64 * 10 >= processors() * 9 ? 8 : 4;
 }
 
 template <typename T, typename Code, int Width, bool InShared, int Run>
@@ -130,15 +232,17 @@ cudaError_t launch_few(const T* x, const PqWeight& w, const CodewordTable& table
     const int sums_bytes = kWarps * m * (8 * Run + 8) * 4;
     const int bytes = table.bytes > sums_bytes ? table.bytes : sums_bytes;
     const dim3 grid((w.n + 8 * Run - 1) / (8 * Run), out.splits);
-    const auto of = [&](auto octets, auto whole) {
-        return launch(pq_linear_few_kernel<T, Code, Width, InShared, Run, octets, whole>, grid, dim3(kThreads), bytes,
+    const auto of = [&](auto tokens, auto even) {
+        return launch(pq_linear_few_kernel<T, Code, Width, InShared, Run, tokens, even>, grid, dim3(kThreads), bytes,
                       stream, x, w, table, out, m);
     };
-    const std::integral_constant<int, 1> one;
-    const std::integral_constant<int, 2> two;
+    const std::integral_constant<int, 4> four;
+    const std::integral_constant<int, 8> eight;
+    const std::integral_constant<int, 16> sixteen;
     if constexpr (Run == 4)  // see run_of
-        if (w.n % 4 != 0 || w.columns() % 8 != 0) return of(two, std::false_type());
-    return m <= 8 ? of(one, std::true_type()) : of(two, std::true_type());
+        if (!even(w, Run)) return of(sixteen, std::false_type());
+    if (m <= 4) return of(four, std::true_type());
+    return m <= 8 ? of(eight, std::true_type()) : of(sixteen, std::true_type());
 }
 
 }  // namespace

@@ -90,6 +90,26 @@ def test_depth_divided_among_many_processors(d, dtype):
             assert_near(y, x.double() @ decoded.T + bias.double(), magnitude, x.shape[1], dtype)
 
 
+# rounds of all warps, as many as are under way and more, with a rest of whole and partial steps and without one; wide
+# and narrow runs, some past the last output; pieces that a thread's octets have in common and others
+DEEP = (
+    *((64, 1100, 8, 200), (72, 170, 16, 256), (64, 698, 4, 300), (64, 200, 16, 300), (36, 322, 8, 1024)),
+    *((32, 257, 8, 7000), (64, 110, 24, 256), (20, 221, 12, 16), (12, 260, 4, 20_000), (32, 64, 32, 256)),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", DEEP, ids=str)
+def test_many_steps_of_few_tokens(shape, dtype):
+    generator = torch.Generator().manual_seed(sum(shape))
+    codes, codebook, decoded = weight(*shape, dtype, True, generator)
+    with processors(1, *SOURCES):
+        for m in (1, 4, 5, 16):
+            x = torch.randn(m, decoded.shape[1], generator=generator).to(dtype)
+            y = ours()["pq_linear"](x, codes, codebook, None)
+            assert_near(y, x.double() @ decoded.T, x.double().abs() @ decoded.abs().T, x.shape[1], dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_of_codewords_over_several_tiles(dtype):
     generator = torch.Generator().manual_seed(7)

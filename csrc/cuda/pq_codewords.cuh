@@ -82,7 +82,8 @@ class Codewords {
         const auto* codebook = static_cast<const unsigned char*>(w.codebook);
         const int lines = table.rows * (w.d * 2 / static_cast<int>(sizeof(Piece)));
         for (int line = threadIdx.x; line < lines; line += blockDim.x) {
-            const int row = line % table.rows, piece = line / table.rows, code = row < w.k ? row : w.k - 1;
+            const int piece = line < table.rows ? 0 : line / table.rows, row = line - piece * table.rows;
+            const int code = row < w.k ? row : w.k - 1;
             Piece value = {};
             if (row < table.rows - 1)
                 value = *reinterpret_cast<const Piece*>(codebook + code * w.d * 2 + piece * sizeof(Piece));
@@ -137,9 +138,12 @@ struct OctetPlace {
 
     __device__ OctetPlace(int octet, int pieces) {
 #pragma unroll
+        for (int h = 0; h < kParts; ++h) block[h] = octet * kParts + h, piece[h] = 0;
+        if (pieces == 1) return;  // most often, and a division delays the first loads
+#pragma unroll
         for (int h = 0; h < kParts; ++h) {
-            block[h] = (octet * kParts + h) / pieces;
-            piece[h] = (octet * kParts + h) % pieces;
+            piece[h] = block[h] % pieces;
+            block[h] /= pieces;
         }
     }
     // by: the place of the octet so many octets from the first

@@ -25,8 +25,8 @@ struct OctetCodes {
 // Up to 4 tokens, `x` of a step: with codewords as the operand of 16 rows, row g has the words 0 and 2 of a codeword as
 // it was loaded, row g + 8 words 1 and 3 of the same. So column 2t has those words of token t, and column 2t + 1
 // these: what counts of a product is (row g, column 2t) and (row g + 8, column 2t + 1), two sums of one thread. This
-// takes one product for an octet instead of two, and no register has to be moved. 8 or 16 tokens: the octets of g and
-// g + 8.
+// takes one product for an octet instead of two, and no register has to be moved. 8 or 16 tokens: the octets of token
+// g, and g + 8.
 template <int Tokens>
 struct FewX {
     PqWords<4> octet[Tokens / 8];
@@ -40,7 +40,8 @@ struct FewX<4> {
 // run: up to 4 tokens, (token t, run g) is [0] + [3]; otherwise (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). For
 // these, codewords are the operand of 8 columns, whose two registers are adjacent words of one codeword. The words of
 // x, which are loaded in fours, have to be moved once; `zero`, of which the compiler does not know that it is 0, keeps
-// it from moving them anew for every product.
+// it from moving them anew for every product. Of 8 tokens, rows g + 8 get any values, all different for the same
+// reason, which no other row sees.
 template <typename T, bool Inside, typename Code, int Width, bool InShared, int Run, int Tokens>
 __device__ __forceinline__ void multiply_few(float (&sums)[Run][4], const Codewords<Width, InShared>& codewords,
                                              const typename Codewords<Width, InShared>::Source (&from)[8 / Width],

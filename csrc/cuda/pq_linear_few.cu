@@ -1,17 +1,18 @@
 // pq_linear for up to 16 tokens in bf16 or f16: the whole depth of 64 (or 32) outputs in one block of 16 warps.
 //
 // A warp takes every 16th step of 32 columns: a thread reads the codes of 8 (or 4) adjacent outputs for its octet,
-// their codewords from the table, and the octet of two tokens; tensor cores multiply, so that 16 tokens cost little
-// more than one. The sums of the warps are added in their order, and where there are few outputs, blocks share the
-// depth too.
+// their codewords from the table, and its part of x; tensor cores multiply, so that 16 tokens cost little more than
+// one. The sums of the warps are added in their order, and where there are few outputs, blocks share the depth too.
 //
 // 8192x8192, d = 8, K = 256 on H100 (132 multiprocessors, 1.7 GHz), 8.4 M codes:
 //   codes from memory                       8.4 MB                                    2.5 us
 //   codewords from shared memory            134 MB, 128 bytes a cycle                 4.7 us   the bound
-//   products                                16 of a step, 32 cycles (A100) or 26      4.7 or 3.8 us
-//   instructions                            70 of a step and warp, 25 to load, 4 a cycle   3.5 us
+//   products                                8 of a step up to 4 tokens, 16 from 5 on: 16 cycles (A100) or 13 for 8
+//                                           of them                                   2.4 or 1.9 us, or twice that
+//   instructions                            45 of a step and warp (61 for 8 tokens, 65 for 16), 4 a cycle: 1.7 us
 //   x from the second level                 16 KiB per block and token, 128 blocks    0.4 us a token
-// Predicted: 6 us with the start, the table and the sums for one token, 10 us for 16. What else there is: a table of
+// Measured on H200 with 16 products and 144 instructions a step for one token, two products of an output waiting for
+// each other: 15.3 us, 22 us for 16 tokens. Predicted now, not measured: 9 us and 13. What else there is: a table of
 // products x . codeword takes one 4-byte look-up per code, but random ones collide (3.5 cycles of 32 lanes where
 // 16-byte ones of 8 lanes take 4): 4.2 us for one token, as much again for each further one. Products by plain
 // threads: 19 instructions a code, 5.5 us for one token, 8 more a token. Up to 128 registers and, for d = 8 or less
@@ -32,8 +33,8 @@ struct FewReader {
 
     const PqWeight& w;
     OctetPlace<Width> place, by;  // place: of the next codes
-    const T* rows[kRows];         // of x
-    int first_output, columns, octet, octets_by;  // octet: of the next x
+    int first_output, columns, octet, octets_by;
+    const T* rows[kRows];  // of x: tokens g and g + 8, or g / 2
     const Code* codes_at[8 / Width];
     int64_t codes_by;
 
@@ -48,7 +49,8 @@ struct FewReader {
         const int g = threadIdx.x % 32 / 4;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-            const int token = Tokens == 4 ? g / 2 : g + 8 * i;  // past the last: any, whose products nobody reads
+            const int token = Tokens == 4 ? g / 2 : g + 8 * i;
+            // past the last: that one, whose products nobody reads
             rows[i] = x + static_cast<int64_t>(token < m ? token : m - 1) * columns;
             if (Even) rows[i] += octet * 8 + (Tokens == 4 ? g % 2 * 2 : 0);
         }
@@ -60,43 +62,38 @@ struct FewReader {
         codes_by = static_cast<int64_t>(by.block[0]) * w.n;
     }
 
-    // Of the next step. Even: where it exists.
-    __device__ __forceinline__ void load(OctetCodes<Code, Width, Run>& codes, bool exists) {
+    // Of step `step` from here. Even: where it exists; otherwise codes come step by step.
+    __device__ __forceinline__ void load(OctetCodes<Code, Width, Run>& codes, int step, bool exists) {
         if constexpr (Even) {
 #pragma unroll
             for (int h = 0; h < 8 / Width; ++h) {
                 using Words = decltype(codes.run[h].codes);
-                if (exists) codes.run[h].codes = *reinterpret_cast<const Words*>(codes_at[h]);
-                codes_at[h] += codes_by;
+                const Code* at = codes_at[h] + codes_by * step;
+                if (exists) codes.run[h].codes = *reinterpret_cast<const Words*>(at);
             }
         } else {
             codes.load(w, place, first_output);
             place.advance(by, w.d / Width);
         }
     }
-    __device__ __forceinline__ void load(FewX<Tokens>& x, bool exists) {
+    __device__ __forceinline__ void load(FewX<Tokens>& x, int step, bool exists) const {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
             if constexpr (Even) {
-                if (exists) read(x, i, rows[i]);
-                rows[i] += octets_by * 8;
+                if (exists) read(x, i, rows[i] + static_cast<int64_t>(octets_by * 8) * step);
             } else {
-                x.octet[i] = load_octet(rows[i], octet * 8, columns);
+                x.octet[i] = load_octet(rows[i], (octet + octets_by * step) * 8, columns);
             }
         }
-        octet += octets_by;
     }
-
-    // Of the step `steps` further on than the next, zeros past the end.
-    __device__ __forceinline__ bool load_rest(OctetCodes<Code, Width, Run>& codes, FewX<Tokens>& x, int steps) const {
-        codes = {}, x = {};
-        if (octet + steps * octets_by >= columns / 8) return false;
+    __device__ __forceinline__ void advance(int steps) {
+        if constexpr (Even) {
 #pragma unroll
-        for (int h = 0; h < 8 / Width; ++h)
-            codes.run[h].codes = *reinterpret_cast<const decltype(codes.run[h].codes)*>(codes_at[h] + steps * codes_by);
+            for (int h = 0; h < 8 / Width; ++h) codes_at[h] += codes_by * steps;
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) read(x, i, rows[i] + steps * octets_by * 8);
-        return true;
+            for (int i = 0; i < kRows; ++i) rows[i] += static_cast<int64_t>(octets_by * 8) * steps;
+        }
+        octet += octets_by * steps;
     }
 
   private:
@@ -110,15 +107,16 @@ struct FewReader {
     }
 };
 
-// Tokens: up to 4, 8 or 16.
+// Tokens: up to 4, 8 or 16. rounds: the steps of a warp. Even: those that every warp has; one more, which comes first,
+// is for those that have it.
 template <typename T, typename Code, int Width, bool InShared, int Run, int Tokens, bool Even>
-__global__ void __launch_bounds__(kThreads)
-    pq_linear_few_kernel(const T* __restrict__ x, PqWeight w, CodewordTable table, PqOutput out, int m) {
+__global__ void __launch_bounds__(kThreads, 1)
+    pq_linear_few_kernel(const T* __restrict__ x, PqWeight w, CodewordTable table, PqOutput out, int m, int rounds) {
     constexpr int kOutputs = 8 * Run, kParts = 8 / Width;
-    // steps whose codes are under way, up to 64 bytes of a thread, and whose x is
+    // steps whose codes are under way, up to 64 bytes of a thread (32 from 5 tokens on), and whose x is
     constexpr int kCodes = (Tokens == 4 ? 64 : 32) / sizeof(OctetCodes<Code, Width, Run>);
     constexpr int kAhead = kCodes > 8 ? 8 : kCodes < 2 ? 2 : kCodes;
-    constexpr int kAheadX = kAhead > 2 ? 4 : 2;
+    constexpr int kAheadX = Tokens == 4 && kAhead > 2 ? 4 : 2;
     QNK_SHARED_MEMORY(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first_output = blockIdx.x * kOutputs;
@@ -126,53 +124,57 @@ __global__ void __launch_bounds__(kThreads)
     const int stride = kWarps * gridDim.y, steps = (w.columns() + 31) / 32;
     const uint32_t zero = gridDim.z - 1;  // see multiply_few
 
-    // Even: the steps that every warp has, and one more, the first, for those that have it.
-    const int rounds = Even ? w.columns() / 32 / stride : (steps + stride - 1) / stride;
     using Reader = FewReader<T, Code, Width, Run, Tokens, Even>;
     Reader reader(w, x, m, (blockIdx.y * kWarps + warp) * 4 + t, stride * 4, first_output + g * Run);
     OctetPlace<Width> place = reader.place;
-    OctetCodes<Code, Width, Run> codes[kAhead], rest_codes;
-    FewX<Tokens> octets[kAheadX], rest_x;
+    OctetCodes<Code, Width, Run> codes[kAhead], rest_codes = {};
+    FewX<Tokens> octets[kAheadX], rest_x = {};
     const bool rest = Even && rounds * stride < steps;
     bool inside = false;
-    if constexpr (Even)
-        if (rest) inside = reader.load_rest(rest_codes, rest_x, rounds);
+    if constexpr (Even) {
+        if (rest) {
+            inside = reader.octet + reader.octets_by * rounds < w.columns() / 8;
+            reader.load(rest_codes, rounds, inside);
+            reader.load(rest_x, rounds, inside);
+        }
+    }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) reader.load(codes[i], i < rounds);
+    for (int i = 0; i < kAhead; ++i) reader.load(codes[i], i, i < rounds);
 #pragma unroll
-    for (int i = 0; i < kAheadX; ++i) reader.load(octets[i], i < rounds);
+    for (int i = 0; i < kAheadX; ++i) reader.load(octets[i], i, i < rounds);
     Codewords<Width, InShared>::fill(w, table, shared);
     __syncthreads();
 
     const Codewords<Width, InShared> codewords(w, table, shared);
     typename Codewords<Width, InShared>::Source from[kParts];
-    const auto find = [&](bool ends, bool inside) {
+    const auto find = [&](auto inside) {
 #pragma unroll
-        for (int h = 0; h < kParts; ++h)
-            from[h] = codewords.source(place.piece[h], ends ? place.block[h] < w.blocks : inside);
+        for (int h = 0; h < kParts; ++h) from[h] = codewords.source(place.piece[h], inside(place.block[h]));
     };
     float sums[Run][4] = {};
     if constexpr (Even) {
         if (rest) {
-            find(false, inside);
+            find([&](int) { return inside; });
             multiply_few<T, false>(sums, codewords, from, rest_codes, rest_x, zero);
         }
-        find(false, true);
+        find([](int) { return true; });
     }
-    const auto multiply_all = [&] {
+    const auto multiply_rounds = [&] {
         for (int left = rounds;; left -= kAhead) {
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
                 if (i >= left) return;
-                if constexpr (!Even) find(true, true);
+                if constexpr (!Even) find([&](int block) { return block < w.blocks; });
                 multiply_few<T, Even>(sums, codewords, from, codes[i], octets[i % kAheadX], zero);
-                reader.load(codes[i], i + kAhead < left);
-                reader.load(octets[i % kAheadX], i + kAheadX < left);
+                // into the registers just used: none has to be moved
+                reader.load(codes[i], i + kAhead, i + kAhead < left);
+                reader.load(octets[i % kAheadX], i + kAheadX, i + kAheadX < left);
                 if constexpr (!Even) place.advance(reader.by, pieces);
             }
+            reader.advance(kAhead);
         }
     };
-    multiply_all();
+    multiply_rounds();
 
     // The table has been read: the sums of all warps, [warp][token][i][of 8 runs], take its place. A token's are a
     // quarter of the banks further than those of the one before.
@@ -197,7 +199,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     for (int i = threadIdx.x; i < m * kOutputs; i += kThreads) {
-        const int token = i / kOutputs, output = first_output + i % kOutputs, of_run = i % Run, run = i % kOutputs / Run;
+        const int token = i / kOutputs, output = first_output + i % kOutputs;
+        const int of_run = i % Run, run = i % kOutputs / Run;
         if (output >= w.n) continue;
         const float* of_warp = all + token * kTokenWords + of_run * 8 + run;
         float total = *of_warp;
@@ -232,9 +235,10 @@ cudaError_t launch_few(const T* x, const PqWeight& w, const CodewordTable& table
     const int sums_bytes = kWarps * m * (8 * Run + 8) * 4;
     const int bytes = table.bytes > sums_bytes ? table.bytes : sums_bytes;
     const dim3 grid((w.n + 8 * Run - 1) / (8 * Run), out.splits);
+    const int steps = (w.columns() + 31) / 32, stride = kWarps * out.splits;
     const auto of = [&](auto tokens, auto even) {
         return launch(pq_linear_few_kernel<T, Code, Width, InShared, Run, tokens, even>, grid, dim3(kThreads), bytes,
-                      stream, x, w, table, out, m);
+                      stream, x, w, table, out, m, even ? w.columns() / 32 / stride : (steps + stride - 1) / stride);
     };
     const std::integral_constant<int, 4> four;
     const std::integral_constant<int, 8> eight;

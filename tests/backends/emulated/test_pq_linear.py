@@ -90,8 +90,8 @@ def test_depth_divided_among_many_processors(d, dtype):
             assert_near(y, x.double() @ decoded.T + bias.double(), magnitude, x.shape[1], dtype)
 
 
-# rounds of all warps, as many as are under way and more, with a rest of whole and partial steps and without
-# one; wide and narrow runs, some past the last output; pieces that a thread's octets share and others
+# rounds of all warps, as many as are under way and more, with a rest of whole and partial steps and without;
+# wide and narrow runs, some past the last output; pieces that a thread's octets have in common and others
 DEEP = (
     *((64, 1100, 8, 200), (72, 170, 16, 256), (64, 698, 4, 300), (64, 200, 16, 300), (36, 322, 8, 1024)),
     *((32, 257, 8, 7000), (64, 110, 24, 256), (20, 221, 12, 16), (12, 260, 4, 20_000), (32, 64, 32, 256)),

@@ -172,9 +172,6 @@ QNK_API int qnk_cuda_device_count(void);
 // are expected to be the fastest, 2: wherever they can serve. For launches of the process from then on; returns what
 // it was.
 QNK_API int qnk_cuda_use_wgmma(int use);
-// The same for whether the two warpgroups of a block take turns with the tensor cores (1 at the start), in pq_linear,
-// its gradient of x and int_linear.
-QNK_API int qnk_cuda_wgmma_turns(int on);
 
 QNK_API int qnk_cuda_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n,
                                    const float* scale, const float* zero_point, int64_t channels,

@@ -228,17 +228,6 @@ def wgmma_wherever_possible(*names: str) -> Iterator[None]:
         use(before)
 
 
-@contextlib.contextmanager
-def wgmma_turns(on: bool, *names: str) -> Iterator[None]:
-    """Whether warpgroups take turns with the tensor cores (True otherwise)."""
-    switch = _kernels(*names).library.qnk_cuda_wgmma_turns
-    before = switch(int(on))
-    try:
-        yield
-    finally:
-        switch(before)
-
-
 def warpgroup_products(*names: str) -> int:
     """How many wgmma the kernels of `names` have run since the last call."""
     return _kernels(*names).library.qnk_emulator_products()

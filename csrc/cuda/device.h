@@ -78,8 +78,7 @@ inline int processors() {
     return count;
 }
 
-int wgmma_use();     // see qnk_cuda_use_wgmma
-bool wgmma_turns();  // see qnk_cuda_wgmma_turns
+int wgmma_use();  // see qnk_cuda_use_wgmma
 
 // Whether the current device runs code of sm_90a, with wgmma: compute capability 9.0, and no other.
 inline bool has_wgmma() {

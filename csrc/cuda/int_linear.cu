@@ -92,9 +92,7 @@ cudaError_t launch_warpgroups(const Plan& plan, const IntLinear& a, cudaStream_t
     using S = Warpgroups<T, Bits>;
     const int64_t blocks = ceil_div(a.m, S::kRows) * ceil_div(a.n, S::kOutputs);
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(plan.parts));
-    const auto kernel = wgmma_turns() ? int_linear_warpgroups_kernel<T, Bits, true>
-                                      : int_linear_warpgroups_kernel<T, Bits, false>;
-    return launch(kernel, grid, S::kThreads, S::kShared, stream, a);
+    return launch(int_linear_warpgroups_kernel<T, Bits>, grid, S::kThreads, S::kShared, stream, a);
 }
 
 template <typename T, int Bits>

@@ -6,15 +6,15 @@
 // transposed (8 by 4 in place of 4 by 8), pair by pair, asynchronously, two steps ahead. Four tiles of x: that of the
 // step, the next two, and that of the step before, which a slower warpgroup may still read.
 // Two products of 16 columns are a group; while one runs the operand of the next is decoded. The warpgroups take turns
-// (turns.h), a group each, which also stand for the barrier of a step; with turns x is copied three steps ahead, and
-// codes are loaded a whole step ahead. Sums of a group of the weight, or of 256 columns of a longer one, stay in tensor
+// (turns.h), a group each, which also stand for the barrier of a step; x is copied three steps ahead, and codes are
+// loaded a whole step ahead. Sums of a group of the weight, or of 256 columns of a longer one, stay in tensor
 // cores, which cut off where fp32 would round; they are scaled and added up in fp32.
 //
 // A step on one multiprocessor, in cycles, by count: products 2 x 4 x 64 = 512; instructions 416 of four schedulers
 // (int8 with bf16: 208 of a warp, of which 80 decode and 32 copy), less for int4 and f16; shared memory 256 + 128, x
 // read twice and written. From the L2 cache 24 KiB (int4: 20), 48 bytes a cycle (40) if products were the bound; about
-// 30 to 40 can be had, so that is the bound, 600 to 800 cycles a step. Measured without turns on an H200, 8192x8192
-// with 256 rows of bf16: about 1380 cycles a step (int8, 104 us). Predicted with turns: 700 to 800.
+// 30 to 40 can be had, so that is the bound, 600 to 800 cycles a step. Measured on an H200, 8192x8192 with 256
+// rows of bf16: int8 92 us, int4 106 (104 and 114 without turns), about 1230 cycles a step.
 #pragma once
 
 #include "cuda/int_linear.h"
@@ -46,7 +46,7 @@ struct LaneCodes {
     }
 };
 
-template <typename T, int Bits, bool TakeTurns>
+template <typename T, int Bits>
 __global__ void __launch_bounds__(256, 1) int_linear_warpgroups_kernel(IntLinear a) {
     if constexpr (kHasWgmma) {
         using S = Warpgroups<T, Bits>;
@@ -122,14 +122,14 @@ __global__ void __launch_bounds__(256, 1) int_linear_warpgroups_kernel(IntLinear
         float total[S::kRows / 2] = {};
         uint32_t weight[2][2][4];  // the operand: of two groups of products, for two products each
         load_codes(first, codes);
-        constexpr int kAhead = TakeTurns ? 3 : 2;
+        constexpr int kAhead = 3;
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) load_x(first + i, i);
         cp_async_wait<kAhead - 1>();
         fence_async_shared();
-        if (TakeTurns) load_codes(first + 1, next_codes);
+        load_codes(first + 1, next_codes);
         __syncthreads();
-        const Turns<TakeTurns> turns;
+        const Turns turns;
         turns.start();
         int slot = 0;
         for (int step = first; step < last;) {
@@ -140,13 +140,10 @@ __global__ void __launch_bounds__(256, 1) int_linear_warpgroups_kernel(IntLinear
             float sum[S::kRows / 2] = {};
             wgmma_fence(sum);
             for (; step < stop; ++step) {
-                if (!TakeTurns) load_x(step + 2, (slot + 2) % S::kTiles);
                 const uint32_t from = shared_address(tiles) + static_cast<uint32_t>(slot * S::kTile);
                 const uint64_t operand = wgmma_swizzled_operand(from);
 #pragma unroll
                 for (int unit = 0; unit < 2; ++unit) {
-                    // the products of this operand of the step before are complete
-                    if (!TakeTurns) wgmma_wait<1>();
 #pragma unroll
                     for (int row = 0; row < 2; ++row) {
                         uint32_t of_unit[Bits / 4], level[4];
@@ -158,7 +155,7 @@ __global__ void __launch_bounds__(256, 1) int_linear_warpgroups_kernel(IntLinear
 #pragma unroll
                         for (int i = 0; i < 4; ++i) weight[unit][i / 2][row + i % 2 * 2] = level[i];
                     }
-                    if (TakeTurns && unit == 1) {
+                    if (unit == 1) {
                         // the other warpgroup multiplies the next step only after this turn
                         codes = next_codes;
                         cp_async_wait<1>();
@@ -171,18 +168,11 @@ __global__ void __launch_bounds__(256, 1) int_linear_warpgroups_kernel(IntLinear
                     for (int i = 0; i < 2; ++i)
                         wgmma_m64k16<T>(sum, weight[unit][i], operand + static_cast<uint64_t>(2 * unit + i) * kNextK);
                     wgmma_commit();
-                    if (TakeTurns) wgmma_wait<1>();  // of the other operand
+                    wgmma_wait<1>();  // of the other operand
                     turns.pass();
                 }
-                if (TakeTurns) {
-                    // before this turn the products of the step before were complete in both warpgroups
-                    load_x(step + 3, (slot + 3) % S::kTiles);
-                } else {
-                    load_codes(step + 1, codes);
-                    cp_async_wait<1>();
-                    fence_async_shared();
-                    __syncthreads();  // the tile of the next step is there, and the one before this one is free
-                }
+                // before this turn the products of the step before were complete in both warpgroups
+                load_x(step + 3, (slot + 3) % S::kTiles);
                 slot = (slot + 1) % S::kTiles;
             }
             wgmma_wait<0>();

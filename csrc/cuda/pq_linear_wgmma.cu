@@ -12,18 +12,15 @@
 // A block: 256 of the width and 128 tokens, two warpgroups with two m64n128 products each; a step is 64 of the depth.
 // Of a step, in cycles of an SM: tensor cores 1024 (2048 products a cycle). Shared memory: 512 for tiles of x, which
 // each product reads, 256 for codewords, 128 for copies, 64 for codes through the L1: 960. Instructions: 350 of each
-// warp, two warps a scheduler: 700. The warpgroups take turns (turns.h): one decodes half a step while the products of
-// the other's run, and the turns stand for the barrier of a step, too. Measured without turns on an H200, where each
-// warp waits for its products before it decodes, 8192x8192, 256 tokens: 2000 to 2130 cycles a step, 78 us. Predicted
-// with turns, from 256 cycles of products of a half step and about 300 in which one warp a scheduler decodes: 1100 to
-// 1300 cycles, 42 to 50 us.
+// warp, two warps a scheduler: 700. The decoding of one half of a step runs beside the products of the other, by count;
+// measured on an H200 (8192x8192, 256 tokens) are 2000 to 2130 cycles a step and 78 us, tensor cores 46 % and issue
+// slots 33 % busy. Warpgroups that take turns with the tensor cores, as those of int_linear do, took 10 to 15 % longer.
 // Predicted for 8192x8192, d = 8, K = 256 on H100 (989 TFLOPS of bf16, of which 70 % are expected, since shared memory
 // is as busy as the tensor cores): 128 tokens: 4 parts, 25 us and 7 us for adding parts; 256: 2 parts, 50 + 5 us;
-// 4096: 790 us (mma.sync, at 60 %: 29, 58, 930). Registers: 220 to 243, so 8 warps an SM; 97 KiB of shared memory with
+// 4096: 790 us (mma.sync, at 60 %: 29, 58, 930). Registers: 220 to 241, so 8 warps an SM; 97 KiB of shared memory with
 // d = 8 and K = 256: 64 of stages, 33 of codewords; W^T: 130 KiB.
 #include "cuda/pq_fragments.cuh"
 #include "cuda/pq_rows.cuh"
-#include "cuda/turns.h"
 #include "cuda/wgmma.h"
 
 namespace qnk {
@@ -34,7 +31,6 @@ constexpr int kStages = 4, kAhead = 2;  // a tile is copied two steps ahead, whi
 constexpr int kStageBytes = kTokens * 128;
 constexpr int kOtherBytes = kStages * kStageBytes + static_cast<int>(kSwizzleBytes);  // beside the codewords
 constexpr int kMinSteps = 8;                                                          // of a split
-constexpr int kPrefetch = 6;  // steps ahead codes are asked into the L2 cache, with turns, which leave less time
 
 // Copies of the tiles of x: a thread has one chunk of 8 values of four tokens. Tokens past the end repeat the last one:
 // sums of theirs are not written.
@@ -66,7 +62,7 @@ class TileCopies {
     int length_, first_;
 };
 
-template <typename T, typename Code, int Width, bool Transposed, bool TakeTurns>
+template <typename T, typename Code, int Width, bool Transposed>
 __global__ void __launch_bounds__(kThreads)
     pq_linear_wgmma_kernel(const T* __restrict__ x, PqWeight w, CodewordTable table, PqOutput out, int m) {
     if constexpr (kHasWgmma) {
@@ -97,64 +93,37 @@ __global__ void __launch_bounds__(kThreads)
         // lanes that read different words of one piece share its copy
         const Codewords<Width, true> codewords(w, table, words, Transposed ? lane : lane / (Width / 2));
         rows.next_step();
-        if (TakeTurns) {
-            cp_async_wait<kAhead - 1>();
-            fence_async_shared();
-            rows.load_codes(first_step + 1);
-        }
-        __syncthreads();  // the table is there, and with turns the first tile
+        __syncthreads();  // the table is there
         HalfStep a[2];
         rows.template decode<0>(a[0], codewords);
         float d[2][kTokens / 2] = {};
         wgmma_fence(d);
         const uint64_t tiles = wgmma_swizzled_operand(shared_address(stages));
-        const Turns<TakeTurns> turns;
         const auto multiply = [&](HalfStep& half, uint64_t tile) {
             wgmma_fence(half);
-            turns.wait();
 #pragma unroll
             for (int k = 0; k < 2; ++k)
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    if (k == 1 && r == 1) turns.pass();  // so that the other's products are there when these end
-                    wgmma_m64k16<T>(d[r], half[k][r], tile + k * kNextK);
-                }
+                for (int r = 0; r < 2; ++r) wgmma_m64k16<T>(d[r], half[k][r], tile + k * kNextK);
             wgmma_commit();
         };
-        turns.start();
         for (int step = first_step; step < last_step; ++step) {
-            if (!TakeTurns) {
-                cp_async_wait<kAhead - 1>();
-                fence_async_shared();
-                __syncthreads();  // this step has come, and all products of the one before the last are complete
-                stage(step + kAhead);
-                rows.load_codes(step + 1);
-            }
+            cp_async_wait<kAhead - 1>();
+            fence_async_shared();
+            __syncthreads();  // this step has come, and all products of the one before the last are complete
+            stage(step + kAhead);
+            rows.load_codes(step + 1);
             const uint64_t tile = tiles + step % kStages * (kStageBytes >> 4);
             multiply(a[0], tile);
             wgmma_wait<1>();  // those of the second half of the step before: its registers are free
             rows.template decode<1>(a[1], codewords);
-            if (TakeTurns) {
-                // The other warpgroup multiplies the next step only after this turn. Nothing is on its way during the
-                // fence, which might wait for it.
-                rows.next_step();
-                cp_async_wait<0>();
-                fence_async_shared();
-            }
             multiply(a[1], tile + 2 * kNextK);
-            if (TakeTurns) {
-                // before this turn the other warpgroup, too, had waited for its products of the step before the last
-                stage(step + kAhead);
-                rows.load_codes(step + 2);
-                rows.prefetch_codes(step + kPrefetch);
-            }
             wgmma_wait<1>();
-            if (!TakeTurns) rows.next_step();
+            rows.next_step();
             rows.template decode<0>(a[0], codewords);
         }
         wgmma_wait<0>();
         wgmma_results(d);
-        turns.finish();
         cp_async_wait<0>();
 
 #pragma unroll
@@ -176,9 +145,8 @@ cudaError_t launch_wgmma(const T* x, const PqWeight& w, const PqOutput& out, int
     const dim3 grid(static_cast<unsigned>(pq_wgmma_tiles(m, width)), out.splits);
     const auto of = [&](auto code, auto piece) {
         const CodewordTable table = codeword_table(w, piece, kOtherBytes, shared_memory_limit());
-        const auto kernel = wgmma_turns() ? pq_linear_wgmma_kernel<T, decltype(code), piece, Transposed, true>
-                                          : pq_linear_wgmma_kernel<T, decltype(code), piece, Transposed, false>;
-        return launch(kernel, grid, dim3(kThreads), table.bytes + kOtherBytes, stream, x, w, table, out, m);
+        return launch(pq_linear_wgmma_kernel<T, decltype(code), piece, Transposed>, grid, dim3(kThreads),
+                      table.bytes + kOtherBytes, stream, x, w, table, out, m);
     };
     const auto of_piece = [&](auto piece) {
         return w.code_bytes == 1 ? of(uint8_t(), piece) : of(uint16_t(), piece);

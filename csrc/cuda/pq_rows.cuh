@@ -52,11 +52,6 @@ class RowsOfOutputs {
             next_[octet].load(codes_of_row_ + static_cast<int64_t>(block) * n_);
         }
     }
-    // Asks for those of the warp in the L2 cache, 8 lines of memory: group g of 4 lanes for those of octet g.
-    __device__ __forceinline__ void prefetch_codes(int step) const {
-        const int block = min(piece(step, static_cast<int>(threadIdx.x) % 32 / 4) >> shift_, blocks_ - 1);
-        prefetch_l2(codes_of_row_ + static_cast<int64_t>(block) * n_);
-    }
     __device__ __forceinline__ void next_step() {
 #pragma unroll
         for (int octet = 0; octet < 8; ++octet) codes_[octet] = next_[octet];
@@ -106,9 +101,6 @@ class RowsOfColumns {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             next_[i].load(codes_of_block_ + (min(step * 64 + i * 8, n_ - 8) + pair_));
-    }
-    __device__ __forceinline__ void prefetch_codes(int step) const {
-        prefetch_l2(codes_of_block_ + min(step * 64, n_ - 8));
     }
     __device__ __forceinline__ void next_step() {
 #pragma unroll

@@ -5,11 +5,10 @@
 namespace qnk {
 namespace {
 thread_local cudaError_t last_error = cudaSuccess;
-std::atomic<int> use{1}, turns{1};
+std::atomic<int> use{1};
 }  // namespace
 
 int wgmma_use() { return use; }
-bool wgmma_turns() { return turns != 0; }
 
 int cuda_status(cudaError_t error) {
     if (error == cudaSuccess) return QNK_OK;
@@ -27,4 +26,3 @@ int qnk_cuda_device_count(void) {
 }
 
 int qnk_cuda_use_wgmma(int use) { return qnk::use.exchange(use); }
-int qnk_cuda_wgmma_turns(int on) { return qnk::turns.exchange(on); }

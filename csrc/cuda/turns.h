@@ -16,20 +16,19 @@
 
 namespace qnk {
 
-template <bool On>
 class Turns {
   public:
     __device__ __forceinline__ void start() const {
-        if (On && threadIdx.x >= 128) barrier_arrive<256>(1);
+        if (threadIdx.x >= 128) barrier_arrive<256>(1);
     }
     __device__ __forceinline__ void wait() const {
-        if (On) barrier_sync<256>(mine_);
+        barrier_sync<256>(mine_);
     }
     __device__ __forceinline__ void pass() const {
-        if (On) barrier_arrive<256>(3 - mine_);
+        barrier_arrive<256>(3 - mine_);
     }
     __device__ __forceinline__ void finish() const {
-        if (On && threadIdx.x < 128) barrier_sync<256>(1);
+        if (threadIdx.x < 128) barrier_sync<256>(1);
     }
 
   private:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from . import dispatch
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# The first that has the op serves it, unless a measured rule says otherwise.
-PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# The first that has the op serves it, unless a rule says otherwise.
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 _forced: str | None = None
 

@@ -42,25 +42,12 @@ def load() -> dict[str, Callable]:
 @contextlib.contextmanager
 def use_wgmma(where: Literal["never", "best", "possible"]) -> Iterator[None]:
     """Where GPUs of compute capability 9.0 use wgmma ("best" otherwise): for tests and benchmarks."""
-    with _switched("use_wgmma", ("never", "best", "possible").index(where)):
-        yield
-
-
-@contextlib.contextmanager
-def wgmma_turns(on: bool) -> Iterator[None]:
-    """Whether warpgroups take turns with the tensor cores (True otherwise): for tests and benchmarks."""
-    with _switched("wgmma_turns", int(on)):
-        yield
-
-
-@contextlib.contextmanager
-def _switched(name: str, value: int) -> Iterator[None]:
-    switch = declare(open_library("cuda"), "cuda", {name: CUDA_QUERIES[name]})[name]
-    before = switch(value)
+    use = declare(open_library("cuda"), "cuda", {"use_wgmma": CUDA_QUERIES["use_wgmma"]})["use_wgmma"]
+    before = use(("never", "best", "possible").index(where))
     try:
         yield
     finally:
-        switch(before)
+        use(before)
 
 
 class CudaKernels(PqKernels, DenseKernels, KMeansKernels):

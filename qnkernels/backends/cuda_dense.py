@@ -18,7 +18,7 @@ import torch
 from .native import DTYPES, aligned, pointer
 
 # Tokens from which on this was the fastest on an H200, by op and bytes of an element of x.
-FROM_TOKENS = {"pq_linear": {4: 9, 2: 512}, "int_linear": {4: 256, 2: 256}}
+FROM_TOKENS = {"pq_linear": {4: 9, 2: 256}, "int_linear": {4: 256, 2: 256}}
 SLICE_BYTES = 32 << 20  # of 50 MB of L2 cache on an H100
 # Elements of y in the product of a slice, so that it has a tile for most multiprocessors: 128 of 128 x 128.
 # Where tokens are few a slice is larger than the cache for it, up to LARGEST times.

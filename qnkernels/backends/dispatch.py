@@ -1,9 +1,9 @@
-"""Which of the GPU backends serves an op, by size: a rule measured on the machine, or Triton first.
+"""Which of the GPU backends serves an op, by size: a rule measured on the machine, or what an H200 measured.
 
-Where both "triton" and "cuda" have an op, the default order is Triton first, whatever the size. Measurements
-change it: `python bench/gpu_suite.py` times both on this machine's GPU, and at its end writes, as
-`python bench/dispatch.py` does from the tables that it left, a rule for each op that both have: from the
-smallest size up, the backend that was faster, as in
+Where both "triton" and "cuda" have an op, "cuda" serves it unless DEFAULT says otherwise, as was measured on an
+NVIDIA H200. Measurements on the machine change that: `python bench/gpu_suite.py` times both on its GPU, and
+at its end writes, as `python bench/dispatch.py` does from the tables that it left, a rule for each op that both
+have: from the smallest size up, the backend that was faster, as in
 
     {"format": 1, "qnkernels": "0.1.0", "devices": {"NVIDIA H100 80GB HBM3": {
         "measured": "2026-01-31, commit 0123456789",
@@ -12,8 +12,8 @@ smallest size up, the backend that was faster, as in
 which reads: cuda up to 16 rows of x, triton for more. SIZES says what the size of each op is. The file is
 ~/.config/qnkernels/dispatch.json ($XDG_CONFIG_HOME is minded), or the one that QNKERNELS_DISPATCH names;
 empty means none. It is read once in a process. It can choose between backends of this package and do nothing
-else. Without a file, for another GPU, or where the GPUs of a machine differ the default order holds; so it
-does, with one warning, where the file is of another version of qnkernels or not what is described here.
+else. Without a file, for another GPU, or where the GPUs of a machine differ the defaults hold; so they
+do, with one warning, where the file is of another version of qnkernels or not what is described here.
 
 Nothing is tuned at run time. `qnkernels doctor` shows what serves what, and why.
 """
@@ -36,6 +36,9 @@ HOW_TO_MEASURE = "`python bench/gpu_suite.py` in the source tree measures"
 LARGEST_FILE = 1 << 20  # bytes
 
 Steps = tuple[tuple[str, int | None], ...]  # (backend, the largest size it serves), None: the rest
+
+DEFAULT: dict[str, Steps] = {"fake_quantize": (("triton", None),)}
+DEFAULT_WHY = "as measured on an NVIDIA H200"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Rules:
     """The rules of the GPU of this process, by op, and where they come from in words."""
 
     why: str
-    steps: dict[str, Steps] = field(default_factory=dict)
+    steps: dict[str, Steps] = field(default_factory=DEFAULT.copy)
 
 
 def path() -> Path | None:
@@ -76,10 +79,10 @@ def rules() -> Rules:
     """The rules that hold in this process; read once."""
     names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     if len(names) != 1:
-        return Rules("GPUs of several kinds: Triton first" if names else "no GPU here")
+        return Rules(f"{DEFAULT_WHY}: there are GPUs of several kinds here" if names else "no GPU here")
     file = path()
     if file is None or not file.exists():
-        return Rules(f"Triton first: nothing was measured on this machine ({HOW_TO_MEASURE})")
+        return Rules(f"{DEFAULT_WHY}: nothing was measured on this machine ({HOW_TO_MEASURE})")
     device = names.pop()
     try:
         devices = read(file)
@@ -89,10 +92,10 @@ def rules() -> Rules:
             RuntimeWarning,
             stacklevel=2,
         )
-        return Rules(f"Triton first: {file} is ignored: {error}")
+        return Rules(f"{DEFAULT_WHY}: {file} is ignored: {error}")
     if device not in devices:
-        return Rules(f"Triton first: {file} has no rules for {device} ({HOW_TO_MEASURE})")
-    return Rules(f"measured on {device}, {devices[device][0]}: {file}", devices[device][1])
+        return Rules(f"{DEFAULT_WHY}: {file} has no rules for {device} ({HOW_TO_MEASURE})")
+    return Rules(f"measured on {device}, {devices[device][0]}: {file}", DEFAULT | devices[device][1])
 
 
 def package_version() -> str:

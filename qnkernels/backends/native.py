@@ -102,7 +102,6 @@ CUDA_QUERIES = {
     "pq_linear_parts": [INT, INT, SIZE, SIZE, SIZE, SIZE, SIZE],
     "kmeans_work_bytes": [SIZE, SIZE],
     "use_wgmma": [INT],
-    "wgmma_turns": [INT],
 }
 
 STATUS = {

@@ -41,7 +41,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
             return kernel
 
-        ops = ("int_linear", "kmeans_step", *["minmax"] * (name == "triton"))
+        ops = ("fake_quantize", "int_linear", "kmeans_step", *["minmax"] * (name == "triton"))
         return {op: noting(op) for op in ops}
 
     load = backends._load
@@ -70,11 +70,12 @@ def test_each_size_is_read_from_the_arguments_of_its_kernel() -> None:
     assert dispatch.SIZES["kmeans_step"].of(points, centroids, 1, 2, 3, None) == 4
 
 
-def test_without_a_file_triton_comes_first(file: Path, called: list[str]) -> None:
-    assert dispatch.rules().steps == {} and "nothing was measured" in dispatch.rules().why
-    assert backends.serving("int_linear", "cuda") == "triton"
+def test_without_a_file_the_defaults_hold(file: Path, called: list[str]) -> None:
+    assert dispatch.rules().steps == dispatch.DEFAULT and "nothing was measured" in dispatch.rules().why
+    assert backends.serving("fake_quantize", "cuda") == "triton"
+    assert backends.serving("int_linear", "cuda") == "cuda"
     backends.select("int_linear", "cuda")(*layer(3))
-    assert called == ["triton"]
+    assert called == ["cuda"]
 
 
 def test_rules_decide_by_size(file: Path, called: list[str]) -> None:
@@ -129,13 +130,13 @@ def test_the_cpu_has_no_rules(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_rules_of_another_gpu_do_not_hold(file: Path) -> None:
     dispatch.write(file, "NVIDIA Other", "", RULES)
-    assert dispatch.rules().steps == {} and f"no rules for {GPU}" in dispatch.rules().why
+    assert dispatch.rules().steps == dispatch.DEFAULT and f"no rules for {GPU}" in dispatch.rules().why
 
 
 def test_gpus_of_several_kinds_and_none(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch.write(file, GPU, "", RULES)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"{GPU} {index}")
-    assert dispatch.rules().steps == {} and "several kinds" in dispatch.rules().why
+    assert dispatch.rules().steps == dispatch.DEFAULT and "several kinds" in dispatch.rules().why
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert dispatch.rules() == dispatch.Rules("no GPU here")
 
@@ -145,7 +146,7 @@ def test_rules_are_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     dispatch.write(file, GPU, "", RULES)
     first = dispatch.rules()
     file.unlink()
-    assert dispatch.rules() is first and first.steps == RULES
+    assert dispatch.rules() is first and first.steps == dispatch.DEFAULT | RULES
 
 
 def content(**changes) -> dict:
@@ -193,7 +194,7 @@ def test_a_malformed_file_is_ignored_with_one_warning(file: Path, called: list[s
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.warns(RuntimeWarning, match=r"dispatch\.json is ignored: .*gpu_suite\.py") as caught:
         found = dispatch.rules()
-    assert len(caught) == 1 and found.steps == {} and "is ignored" in found.why
+    assert len(caught) == 1 and found.steps == dispatch.DEFAULT and "is ignored" in found.why
 
 
 def test_a_well_formed_file_gives_no_warning(file: Path) -> None:
@@ -201,7 +202,7 @@ def test_a_well_formed_file_gives_no_warning(file: Path) -> None:
     file.write_text(json.dumps(content()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert dispatch.rules().steps == {"int_linear": (("cuda", 16), ("triton", None))}
+        assert dispatch.rules().steps["int_linear"] == (("cuda", 16), ("triton", None))
 
 
 def test_a_huge_file_and_a_folder_are_ignored(file: Path) -> None:

@@ -9,7 +9,7 @@ from numeric import assert_identical
 
 import qnkernels as qnk
 from qnkernels import functional as F
-from qnkernels.backends.cuda import use_wgmma, wgmma_turns
+from qnkernels.backends.cuda import use_wgmma
 from qnkernels.reference.int_linear import dequantize_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,14 +95,8 @@ def test_int_linear_of_a_large_layer(device, backend, dtype, bits, m, n, k, grou
     layer = packed_layer(n, k, bits, groups, generator)
     x, *layer = moved(device, x, *layer)
     decoded = dequantize_weight(*layer, bits)
-    for where, turns in (("never", True), ("best", True), ("best", False)):
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(qnk.backend(backend))
-            if backend == "cuda":
-                stack.enter_context(use_wgmma(where))
-                stack.enter_context(wgmma_turns(turns))
-            elif where == "never" or not turns:
-                continue
+    for where in ("never", "best") if backend == "cuda" else ("best",):
+        with qnk.backend(backend), use_wgmma(where) if backend == "cuda" else contextlib.nullcontext():
             actual = F.int_linear(x, *layer, None, bits)
         assert_within_bound(actual, x, decoded, None, dtype)
 

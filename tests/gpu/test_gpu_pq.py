@@ -5,7 +5,7 @@ import torch
 
 import qnkernels as qnk
 from qnkernels import functional as F
-from qnkernels.backends.cuda import use_wgmma, wgmma_turns
+from qnkernels.backends.cuda import use_wgmma
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPSILON = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -96,8 +96,8 @@ WARPGROUPS = (
 def test_pq_linear_of_many_tokens(device, backend, shape, m, dtype):
     if backend != "cuda":
         return check_linear(device, backend, shape, m, dtype)
-    for where, turns in (("never", True), ("best", True), ("possible", True), ("possible", False)):
-        with use_wgmma(where), wgmma_turns(turns):
+    for where in ("never", "best", "possible"):
+        with use_wgmma(where):
             check_linear(device, backend, shape, m, dtype)
 
 

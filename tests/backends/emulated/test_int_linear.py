@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_emulator import alignment, capability, emulated, processors, shared_memory, wgmma_turns
+from helpers_emulator import alignment, capability, emulated, processors, shared_memory
 from helpers_int_linear import UNIT, Packed, assert_within, output_rounding, random_packed
 from numeric import DTYPES, assert_identical
 from pairs import covering, name
@@ -80,10 +80,9 @@ def test_every_element_is_within_the_bound(case):
     check_case(case)
 
 
-@pytest.mark.parametrize("turns", [True, False], ids=["turns", "no turns"])
 @pytest.mark.parametrize("case", list(covering(WIDE, aligned)), ids=name)
-def test_every_element_is_within_the_bound_with_wgmma(case, turns):
-    with capability(90, "int_linear"), wgmma_turns(turns, "int_linear"):
+def test_every_element_is_within_the_bound_with_wgmma(case):
+    with capability(90, "int_linear"):
         check_case(case)
 
 
@@ -108,17 +107,12 @@ def test_every_kernel(bits, dtype):
                 check(torch.randn(m, 384, generator=seeded(m + 1)).to(dtype), packed)
 
 
-@pytest.mark.parametrize("turns", [True, False], ids=["turns", "no turns"])
 @pytest.mark.parametrize(("bits", "dtype"), [(8, torch.bfloat16), (4, torch.float16)], ids=str)
-def test_wgmma_in_every_group_and_part(bits, dtype, turns):
+def test_wgmma_in_every_group_and_part(bits, dtype):
     """Sums taken over in the middle of a group and at its end, parts that start and end there."""
     for groups, count in ((1, 1), (1, 5), (9, 1), (9, 7), (3, 2)):
         packed = random_packed(20, 576, bits, groups, seeded(groups), unit=2**-10)
-        with (
-            capability(90, "int_linear"),
-            processors(count, "int_linear"),
-            wgmma_turns(turns, "int_linear"),
-        ):
+        with capability(90, "int_linear"), processors(count, "int_linear"):
             check(torch.randn(70, 576, generator=seeded(count)).to(dtype), packed)
 
 

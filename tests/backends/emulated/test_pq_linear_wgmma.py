@@ -8,7 +8,6 @@ from helpers_emulator import (
     processors,
     shared_memory,
     warpgroup_products,
-    wgmma_turns,
     wgmma_wherever_possible,
 )
 from helpers_pq_linear import SOURCES, assert_near, by_codeword, weight
@@ -32,9 +31,9 @@ def ours() -> dict:
     return emulated(*SOURCES)
 
 
-@pytest.fixture(autouse=True, params=[True, False], ids=["turns", "no turns"])
-def on_sm_90(request):
-    with capability(90, *SOURCES), wgmma_turns(request.param, *SOURCES):
+@pytest.fixture(autouse=True)
+def on_sm_90():
+    with capability(90, *SOURCES):
         warpgroup_products(*SOURCES)
         yield
 

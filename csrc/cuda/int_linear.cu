@@ -6,7 +6,9 @@
 // chooses. Sums in fp32; parts of a sum, where columns are split between blocks, are added in a fixed order: the same
 // bits in every run.
 //
-// Floors on an H100 (3.35 TB/s, 990 TFLOP/s) for n = k = 4096, and what is predicted, in us; nothing of it is measured:
+// Floors on an H100 (3.35 TB/s, 990 TFLOP/s) for n = k = 4096, and what was predicted, in us. What an H200 measured is in
+// bench/bench_int_linear.py: the tensor-core kernels took 1.5 to 2.5 times as long, so that from 256 rows on weights are
+// decoded for cuBLAS instead (cuda_dense.py).
 //   bytes: int8 16.8 MB = 5.0, int4 in groups of 128 with zero points 9.0 MB = 2.7;  operations: 0.034 a row of x
 //   m = 1: int8 7, int4 4.5 (80 % of the bandwidth and a start of 1 us)
 //   m = 16: int8 8, int4 6.5 (64 tiles of outputs read x from the L2 cache, 8.4 MB; sums of 4 parts)
@@ -16,9 +18,10 @@
 //   int8, 58 int4 (400 and 335 MB from the L2 cache = 73 and 61 at 5.5 TB/s, 57 and 48 at 7)
 //   where groups are of 128 columns, of which tensor cores wait 10 % for sums to be taken over: 1.1 times as much
 // Registers, shared memory and blocks of a multiprocessor on sm_90a, bf16 or f16, int8 / int4, by outputs of a block:
-//   few, 16: 80 / 92, 64 / 96 KiB, 3 / 2;  32: 120 / 128, 96 KiB, 2;  64: 200 / 216, 96 KiB, 2
+//   few, 16: 86 / 92 (by groups 112 / 119), 16 / 32 KiB, 4;  32: 124 / 118 (128), 32 / 64 KiB, 2;  64: 202 / 208 (251
+//   / 254), 64 / 128 KiB, 1
 //   tiles, 64 rows: 126 / 126, 64 / 48 KiB, 2;  128 rows: 254 / 244, 96 / 80 KiB, 1
-//   warpgroups: 234 / 217, 65 KiB, 1 (without turns 230 / 226)
+//   warpgroups: 234 / 217, 65 KiB, 1
 #include "cuda/int_linear.h"
 
 #include <algorithm>

@@ -1,9 +1,9 @@
 """Which of the GPU backends serves an op, by size: a rule measured on the machine, or what an H200 measured.
 
-Where both "triton" and "cuda" have an op, "cuda" serves it unless DEFAULT says otherwise, as was measured on an
-NVIDIA H200. Measurements on the machine change that: `python bench/gpu_suite.py` times both on its GPU, and
-at its end writes, as `python bench/dispatch.py` does from the tables that it left, a rule for each op that both
-have: from the smallest size up, the backend that was faster, as in
+Where both "triton" and "cuda" have an op, "cuda" serves it unless DEFAULT says otherwise, as was measured
+on an NVIDIA H200. Measurements on the machine change that: `python bench/gpu_suite.py` times both on its
+GPU, and at its end writes, as `python bench/dispatch.py` does from the tables that it left, a rule for
+each op that both have: from the smallest size up, the backend that was faster, as in
 
     {"format": 1, "qnkernels": "0.1.0", "devices": {"NVIDIA H100 80GB HBM3": {
         "measured": "2026-01-31, commit 0123456789",

@@ -40,6 +40,20 @@ def run(*arguments, **variables):
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
+def test_no_kernel_is_tuned_when_it_is_first_called():
+    """One compilation for each variant that is asked for: no configurations to try, no heuristics."""
+    code = (
+        "import importlib, pkgutil, triton, qnkernels.backends.triton as backend\n"
+        "for one in pkgutil.iter_modules(backend.__path__):\n"
+        "    module = importlib.import_module(f'{backend.__name__}.{one.name}')\n"
+        "    for name, kernel in vars(module).items():\n"
+        "        if name.endswith('_kernel'):\n"
+        "            print(name, type(kernel).__name__)\n"
+    )
+    found = dict(line.split() for line in run("-c", code, TRITON_INTERPRET="0").stdout.splitlines())
+    assert len(found) >= 30 and set(found.values()) == {"JITFunction"}
+
+
 def test_every_kernel_compiles_without_spills():
     result = run(str(PROGRAM), "--json")
     assert result.stdout, result.stderr

@@ -56,6 +56,9 @@ GROUP = {8: None, 4: 128}
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 REFERENCE_WEIGHTS = 3072 * 768  # the largest layer that the reference is timed on
 PLAIN_LOOP_BATCH = 4  # the largest batch for peers that are plain loops in fp32
+INT8PACK_ON_GPU = (
+    16  # the largest batch there: a thread an output, 0.6 s for 4096 tokens of 8192x8192 on an H200
+)
 PRODUCT_BATCH = 64  # from here on the ceiling is a product, not a copy
 
 
@@ -249,7 +252,7 @@ def contenders(kind: Kind, dtype, shape, batch, device_type) -> list[Contender]:
         call = compiled(decode_and_multiply)
         found.append(Contender("torch.compile", "peer", partial(formula, call)))
     if device_type == "cuda" or dtype == torch.bfloat16 or batch <= PLAIN_LOOP_BATCH:
-        if kind is INT8:
+        if kind is INT8 and (device_type == "cpu" or batch <= INT8PACK_ON_GPU):
             found.append(Contender("_weight_int8pack_mm", "peer", int8pack))
         if kind is INT4 and (device_type == "cpu" or dtype == torch.bfloat16):
             found.append(Contender("_weight_int4pack_mm", "peer", int4pack))

@@ -36,7 +36,7 @@ from functools import partial
 
 import torch
 
-from bench_int_linear import dense, dynamic_int8, int8pack
+from bench_int_linear import INT8PACK_ON_GPU, dense, dynamic_int8, int8pack
 from harness import Case, Contender, compiled, has_kernel, ours
 from qnkernels import functional as F
 from qnkernels.backends.cuda import use_wgmma
@@ -141,8 +141,9 @@ def contenders(batch, dtype, device_type) -> list[Contender]:
         Contender("F.linear fp32", "peer", partial(dense, torch.float32)),
         Contender("F.linear bf16", "peer", partial(dense, torch.bfloat16)),
         Contender("copy_ codes", "peer", copy_codes),
-        Contender("_weight_int8pack_mm bf16", "peer", int8pack_bf16),
     ]
+    if device_type == "cpu" or batch <= INT8PACK_ON_GPU:
+        found.append(Contender("_weight_int8pack_mm bf16", "peer", int8pack_bf16))
     if device_type == "cpu":
         found.append(Contender("quantize_dynamic", "peer", dynamic_int8))
     else:

@@ -262,3 +262,23 @@ def test_it_works_inside_torch_compile(file: Path, called: list[str], monkeypatc
             expected = call(x, weight, scale)
         assert torch.equal(compiled(x, weight, scale), expected)
     assert called == ["cuda", "triton", "cuda"] and len(graphs) == 1
+
+
+@pytest.mark.parametrize("capabilities", [[(8, 0), (8, 9)], [(9, 0)], []])
+def test_devices_that_the_cuda_library_has_code_for(monkeypatch, capabilities) -> None:
+    check_devices(monkeypatch, capabilities)
+
+
+@pytest.mark.parametrize("capabilities", [[(7, 5)], [(9, 0), (10, 0)], [(12, 0)]])
+def test_other_devices_are_left_to_triton(monkeypatch, capabilities) -> None:
+    major, minor = capabilities[-1]
+    with pytest.raises(backends.BackendUnavailable, match=rf"one of {major}\.{minor}; the triton"):
+        check_devices(monkeypatch, capabilities)
+
+
+def check_devices(monkeypatch, capabilities) -> None:
+    from qnkernels.backends import cuda
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    cuda._check_devices()

@@ -28,10 +28,13 @@ class Divider {
         return fma(fma(estimate, minus_scale_, x), reciprocal_, estimate);
     }
 
-    // The same of values that are no more than 2^20 times the scale.
-    Vec fast_inside(Vec x) const {
-        const Vec estimate = x * reciprocal_;
-        return fma(fma(estimate, minus_scale_, x), reciprocal_, estimate);
+    // Of N values that are no more than 2^20 times the scale, in place.
+    template <int N>
+    void fast_inside(Vec (&x)[N]) const {
+        Vec estimate[N];
+        each<N>([&](int v) { estimate[v] = x[v] * reciprocal_; });
+        each<N>([&](int v) { x[v] = fma(estimate[v], minus_scale_, x[v]); });
+        each<N>([&](int v) { x[v] = fma(x[v], reciprocal_, estimate[v]); });
     }
 
   private:

@@ -16,68 +16,116 @@ struct Bounds {
     Bounds(const Affine& q, float top)
         : low(splat((0.0f - q.zero_point) * q.scale)), high(splat((top - q.zero_point) * q.scale)) {}
 
-    Mask outside(Vec x) const { return less(x, low) | less(high, x); }
+    Mask outside(Vec x) const { return qnk::outside(x, low, high); }
 };
 
-// y_i = (clamp(round(x_i / s + z), 0, top) - z) * s of `count` elements. seen(i, lanes, bounds, x) is called with each
-// vector of them. Fast, without a division, x is clamped instead of the code: what lies outside the bounds has an
-// outermost code within 0.01, as their ends have.
+// Whether levels are found without a division, exactly: zero points of quantizers are integers up to their top.
+inline bool fast(const Affine& q) {
+    return Divider::serves(q.scale) && q.zero_point >= 0.0f && q.zero_point < 65536.0f &&
+           q.zero_point == static_cast<float>(static_cast<int>(q.zero_point));
+}
+
+// x -> (clamp(round(x / s + z), 0, top) - z) * s. Fast, x is clamped instead of the code: what lies outside the bounds
+// has an outermost code within 0.02, as their ends have. What rounding adds is taken away together with z.
+template <bool Fast>
+class Nearest {
+  public:
+    Nearest(const Affine& q, float top)
+        : bounds_(q, top), divider_(q.scale), scale_(splat(q.scale)), zero_(splat(q.zero_point)), top_(splat(top)),
+          magic_and_zero_(round_magic() + zero_) {}
+
+    const Bounds& bounds() const { return bounds_; }
+
+    template <int N>
+    __attribute__((always_inline)) void apply(Vec (&x)[N]) const {
+        if (Fast) {
+            each<N>([&](int v) { x[v] = min(bounds_.high, max(bounds_.low, x[v])); });
+            divider_.fast_inside(x);
+            each<N>([&](int v) { x[v] = x[v] + zero_; });
+            each<N>([&](int v) { x[v] = x[v] + round_magic(); });
+            each<N>([&](int v) { x[v] = (x[v] - magic_and_zero_) * scale_; });
+        } else {
+            each<N>([&](int v) { x[v] = min(top_, max(splat(0.0f), divider_.exact(x[v]) + zero_)); });
+            each<N>([&](int v) { x[v] = (round_even(x[v]) - zero_) * scale_; });
+        }
+    }
+
+  private:
+    Bounds bounds_;
+    Divider divider_;
+    Vec scale_, zero_, top_, magic_and_zero_;
+};
+
+// y_i <- the level nearest to x_i, of `count` elements. seen(i, lanes, bounds, x) is called with each vector of them.
 template <bool Fast, typename In, typename Out, typename Seen>
 void nearest_run(const In* x, Out* y, int64_t count, const Affine& q, float top, const Seen& seen) {
-    const Vec scale = splat(q.scale), zero = splat(q.zero_point), limit = splat(top), none = splat(0.0f);
-    const Bounds bounds(q, top);
-    const Divider divider(q.scale);
-    auto quantized = [=](Vec value) {
-        if (Fast) {
-            const Vec inside = min(bounds.high, max(bounds.low, value));
-            return (round_even(divider.fast_inside(inside) + zero) - zero) * scale;
-        }
-        const Vec clamped = min(limit, max(none, divider.exact(value) + zero));
-        return (round_even(clamped) - zero) * scale;
-    };
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        const Vec value = load(x + i);
-        seen(i, kLanes, bounds, value);
-        store(y + i, quantized(value));
-    }
-    if (const int rest = static_cast<int>(count - i)) {
-        const Vec value = load_first(x + i, rest);
-        seen(i, rest, bounds, value);
-        store_first(y + i, quantized(value), rest);
-    }
+    const Nearest<Fast> nearest(q, top);
+    by_batch(count, [&](int64_t i, int lanes, auto size) __attribute__((always_inline)) {
+        Vec value[size];
+        each<size>([&](int v) {
+            value[v] = load_first(x + i + v * kLanes, lanes);
+            seen(i + v * kLanes, lanes, nearest.bounds(), value[v]);
+        });
+        nearest.apply(value);
+        each<size>([&](int v) { store_first(y + i + v * kLanes, value[v], lanes); });
+    });
 }
 
 template <typename In, typename Out, typename Seen>
 void to_nearest(const In* x, Out* y, int64_t count, const Affine& q, float top, const Seen& seen) {
-    if (Divider::serves(q.scale))
+    if (fast(q))
         nearest_run<true>(x, y, count, q, top, seen);
     else
         nearest_run<false>(x, y, count, q, top, seen);
 }
 
-// The same, of x within the range of the quantizer, to the level below x_i / s + z, or to the next one where
-// draw + 1/2 is below 2^16 of what lies between. `first`: number of the first element, of which the draw is.
+// x, within the range of the quantizer, -> the level below x / s + z, or the next one where draw + 1/2 is below 2^16 of
+// what lies between.
+template <bool Fast>
+class Random {
+  public:
+    Random(const Affine& q, float top)
+        : divider_(q.scale), scale_(splat(q.scale)), zero_(splat(q.zero_point)), top_(splat(top)) {}
+
+    template <int N>
+    __attribute__((always_inline)) void apply(Vec (&x)[N], const Vec (&draw)[N]) const {
+        const Vec none = splat(0.0f), one = splat(1.0f), units = splat(65536.0f), minus_half = splat(-0.5f);
+        Vec whole[N];
+        if (Fast)
+            divider_.fast_inside(x);
+        else
+            each<N>([&](int v) { x[v] = divider_.exact(x[v]); });
+        each<N>([&](int v) { x[v] = x[v] + zero_; });
+        each<N>([&](int v) { whole[v] = floor(x[v]); });
+        each<N>([&](int v) {  // both operations of the fused one are exact
+            const Mask up = less(draw[v], fma(x[v] - whole[v], units, minus_half));
+            x[v] = select(up, whole[v] + one, whole[v]);
+        });
+        each<N>([&](int v) { x[v] = (min(top_, max(none, x[v])) - zero_) * scale_; });
+    }
+
+  private:
+    Divider divider_;
+    Vec scale_, zero_, top_;
+};
+
+// y_i <- a random one of the levels next to x_i. first: number of the first element, of which the draw is.
 template <bool Fast, typename In, typename Out>
 void random_run(const In* x, Out* y, int64_t first, int64_t count, const Affine& q, float top, Draws& draws) {
-    const Vec scale = splat(q.scale), zero = splat(q.zero_point), limit = splat(top), none = splat(0.0f);
-    const Vec one = splat(1.0f), units = splat(65536.0f), minus_half = splat(-0.5f);
-    const Divider divider(q.scale);
-    // constants are captured by value: they stay in registers
-    auto quantized = [=](Vec value, Vec draw) {
-        const Vec code = (Fast ? divider.fast_inside(value) : divider.exact(value)) + zero, whole = floor(code);
-        const Mask up = less(draw, fma(code - whole, units, minus_half));  // where both operations are exact
-        return (min(limit, max(none, select(up, whole + one, whole))) - zero) * scale;
-    };
+    const Random<Fast> random(q, top);
     for (int64_t i = 0; i < count;) {
-        const int64_t skip = (first + i) % kDrawn;
-        const int64_t stop = i + kDrawn - skip < count ? i + kDrawn - skip : count;
+        const int64_t left = kDrawn - (first + i) % kDrawn, here = left < count - i ? left : count - i;
         const uint16_t* drawn = draws.from(first + i);
-        for (; i + kLanes <= stop; i += kLanes, drawn += kLanes)
-            store(y + i, quantized(load(x + i), load(drawn)));
-        if (const int rest = static_cast<int>(stop - i))
-            store_first(y + i, quantized(load_first(x + i, rest), load_first(drawn, rest)), rest);
-        i = stop;
+        by_batch(here, [&](int64_t j, int lanes, auto size) __attribute__((always_inline)) {
+            Vec value[size], draw[size];
+            each<size>([&](int v) {
+                value[v] = load_first(x + i + j + v * kLanes, lanes);
+                draw[v] = load_first(drawn + j + v * kLanes, lanes);
+            });
+            random.apply(value, draw);
+            each<size>([&](int v) { store_first(y + i + j + v * kLanes, value[v], lanes); });
+        });
+        i += here;
     }
 }
 

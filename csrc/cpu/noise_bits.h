@@ -1,88 +1,69 @@
 // The draws of the noise, 64 elements at a time, and its mask: bit j of word(b) is element 64 * b + j.
 #pragma once
 
-#include "common/philox.h"
+#include <string.h>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "common/philox.h"
+#include "cpu/philox_lanes.h"
 
 namespace qnk {
 inline namespace QNK_ISA {
 
 constexpr int64_t kWord = 64;  // elements in a word of the mask
-constexpr int kWords = 4;      // words drawn at once: as many chains of rounds, to hide the latency of each
+constexpr int kWords = 4;      // words drawn at once
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
-// A word is 8 Philox calls in the 64-bit lanes (values in the low halves). A round is 2 multiplications, a shift and a
-// shuffle (on different ports) and 2 three-way xors. Lane order 0 4 1 5 2 6 3 7 of the counters makes the
-// unpacked words come out in element order.
 class NoiseWords {
   public:
-    NoiseWords(int64_t seed, int32_t threshold) : limit_(_mm512_set1_epi16(static_cast<short>(threshold))) {
-        const uint64_t key = static_cast<uint64_t>(seed);
-        for (int r = 0; r < kPhiloxRounds; ++r) {
-            key0_[r] = _mm512_set1_epi64(static_cast<uint32_t>(key) + r * kPhiloxW0);
-            key1_[r] = _mm512_set1_epi64(static_cast<uint32_t>(key >> 32) + r * kPhiloxW1);
-        }
-    }
+    NoiseWords(int64_t seed, int32_t threshold)
+        : philox_(static_cast<uint64_t>(seed)), threshold_(static_cast<uint16_t>(threshold)) {}
 
-    // words [kWords] <- those of blocks first, first + 1, ...
+    // words [kWords] <- those of blocks first, first + 1, ...; first is a multiple of kWords
     void draw(int64_t first, uint64_t* words) const {
-        generate(first, [&](int w, __m512i lower, __m512i upper) {
-            uint32_t even = _mm512_cmplt_epu16_mask(lower, limit_);
-            uint32_t odd = _mm512_cmplt_epu16_mask(upper, limit_);
+#if defined(__AVX512F__)
+        const Quads limit = _mm512_set1_epi16(static_cast<short>(threshold_));
+        generate(first, element_order(), [&](int v, Quads even, Quads odd) {
+            uint32_t lower = _mm512_cmplt_epu16_mask(even, limit);
+            uint32_t upper = _mm512_cmplt_epu16_mask(odd, limit);
             // GCC 12 may spill a mask register as 32 bits and widen it by reading 64: use a general register
-            __asm__("" : "+r"(even), "+r"(odd));
-            words[w] = even | (static_cast<uint64_t>(odd) << 32);
+            __asm__("" : "+r"(lower), "+r"(upper));
+            words[v] = lower | (static_cast<uint64_t>(upper) << 32);
         });
+#else
+        // unsigned numbers compare like signed ones once 2^15 is taken from both; packing orders the calls
+        const Quads half = _mm256_set1_epi16(-0x8000);
+        const Quads limit = exclusive_or(_mm256_set1_epi16(static_cast<short>(threshold_)), half);
+        generate(first, _mm256_setr_epi64x(0, 1, 2, 3), [&](int v, Quads even, Quads odd) {
+            const Quads lower = _mm256_cmpgt_epi16(limit, exclusive_or(even, half));
+            const Quads upper = _mm256_cmpgt_epi16(limit, exclusive_or(odd, half));
+            const uint64_t bits = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(lower, upper)));
+            words[v / 2] = v % 2 ? words[v / 2] | bits << 32 : bits;
+        });
+#endif
     }
 
     // values [kWords * kWord] <- the draws of the elements of blocks first, first + 1, ...
     void values(int64_t first, uint16_t* values) const {
-        generate(first, [&](int w, __m512i lower, __m512i upper) {
-            _mm512_storeu_si512(values + w * kWord, lower);
-            _mm512_storeu_si512(values + w * kWord + kWord / 2, upper);
+        constexpr int kDraws = kQuads * kDrawsPerCall;
+        generate(first, element_order(), [&](int v, Quads even, Quads odd) {
+            memcpy(values + v * kDraws, &even, sizeof even);
+            memcpy(values + v * kDraws + kDraws / 2, &odd, sizeof odd);
         });
     }
 
   private:
-    // take(w, lower, upper) for each word: the draws of its first and last 32 elements.
+    // take(v, even, odd) for each vector of calls.
     template <typename Take>
-    void generate(int64_t first, const Take& take) const {
-        const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
-        const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-        __m512i c0[kWords], c1[kWords], c2[kWords], c3[kWords];
-#pragma GCC unroll 4
-        for (int w = 0; w < kWords; ++w) {
-            c0[w] = _mm512_add_epi64(_mm512_set1_epi64((first + w) * (kWord / kDrawsPerCall)), order);
-            c1[w] = _mm512_srli_epi64(c0[w], 32);
-            c2[w] = c3[w] = _mm512_setzero_si512();
-        }
-#pragma GCC unroll 10
-        for (int r = 0; r < kPhiloxRounds; ++r) {
-#pragma GCC unroll 4
-            for (int w = 0; w < kWords; ++w) {
-                const __m512i product0 = _mm512_mul_epu32(m0, c0[w]), product1 = _mm512_mul_epu32(m1, c2[w]);
-                const __m512i high0 = _mm512_srli_epi64(product0, 32);
-                const __m512i high1 = _mm512_shuffle_epi32(product1, _MM_PERM_DDBB);
-                c0[w] = _mm512_ternarylogic_epi64(high1, c1[w], key0_[r], 0x96);
-                c2[w] = _mm512_ternarylogic_epi64(high0, c3[w], key1_[r], 0x96);
-                c1[w] = product1;
-                c3[w] = product0;
-            }
-        }
-        constexpr __mmask16 kHighHalves = 0xAAAA;
-#pragma GCC unroll 4
-        for (int w = 0; w < kWords; ++w) {
-            const __m512i low = _mm512_mask_shuffle_epi32(c0[w], kHighHalves, c1[w], _MM_PERM_CCAA);
-            const __m512i high = _mm512_mask_shuffle_epi32(c2[w], kHighHalves, c3[w], _MM_PERM_CCAA);
-            take(w, _mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
-        }
+    void generate(int64_t first, const Quads& order, const Take& take) const {
+        constexpr int kCalls = kWord / kDrawsPerCall;
+        for (int i = 0; i < kWords * kCalls; i += kCallsAtOnce)
+            philox_.calls(static_cast<uint64_t>(first * kCalls + i), order,
+                          [&](int v, Quads even, Quads odd) { take(i / kQuads + v, even, odd); });
     }
 
-    __m512i key0_[kPhiloxRounds], key1_[kPhiloxRounds], limit_;
+    PhiloxLanes philox_;
+    uint16_t threshold_;
 };
 
 #else

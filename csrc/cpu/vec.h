@@ -4,8 +4,10 @@
 // keeps NaN. A Mask has one bit a lane.
 #pragma once
 
+#include <type_traits>
+
+#include "common/affine.h"
 #include "common/dtype.h"
-#include "common/philox.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -38,6 +40,7 @@ inline Vec select(Mask mask, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v,
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float min_of(Vec a) { return _mm512_reduce_min_ps(a.v); }
 inline float max_of(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline Vec select(uint64_t bits, int v, Vec yes, Vec no) { return select(static_cast<Mask>(bits >> (16 * v)), yes, no); }
 inline Mask first_lanes(int count) { return static_cast<Mask>((1u << count) - 1u); }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -95,11 +98,16 @@ inline Mask less(Vec a, Vec b) {
 inline Mask is_nan(Vec a) {
     return static_cast<Mask>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
 }
-inline Vec select(Mask mask, Vec yes, Vec no) {
-    const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i bits = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), lane_bit);
-    return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(bits, lane_bit)))};
+inline Mask outside(Vec a, Vec low, Vec high) {
+    const __m256 below = _mm256_cmp_ps(a.v, low.v, _CMP_LT_OQ), above = _mm256_cmp_ps(high.v, a.v, _CMP_LT_OQ);
+    return static_cast<Mask>(_mm256_movemask_ps(_mm256_or_ps(below, above)));
 }
+inline Vec select(uint32_t bits, int v, Vec yes, Vec no) {  // (a variable shift into the sign is slow on Zen)
+    const __m256i own = _mm256_slli_epi32(_mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), 8 * v);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), own), own);
+    return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(set))};
+}
+inline Vec select(Mask mask, Vec yes, Vec no) { return select(mask, 0, yes, no); }
 template <typename Op>
 inline float fold(Vec a, Op op) {
     alignas(32) float lane[8];
@@ -128,9 +136,14 @@ inline Vec load(const uint16_t* p) {
 }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(bf16* p, Vec a) {
-    alignas(32) float lane[8];
-    _mm256_store_ps(lane, a.v);
-    for (int i = 0; i < 8; ++i) p[i] = from_float<bf16>(lane[i]);
+    const __m256i bits = _mm256_castps_si256(a.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
 }
 inline void store(f16* p, Vec a) {
     const __m128i half = _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -190,6 +203,7 @@ inline Mask is_nan(Vec a) {
 inline Vec select(Mask mask, Vec yes, Vec no) {
     return lanewise([&](int i) { return (mask >> i) & 1u ? yes.v[i] : no.v[i]; });
 }
+inline Vec select(uint32_t bits, int v, Vec yes, Vec no) { return select((bits >> (8 * v)) & 255u, yes, no); }
 template <typename Op>
 inline float fold(Vec a, Op op) {
     for (int width = 4; width; width /= 2)
@@ -215,6 +229,11 @@ inline void store(T* p, Vec a) {
 
 #endif
 
+#if !defined(__AVX2__) || defined(__AVX512F__)
+// Lanes below low or above high.
+inline Mask outside(Vec a, Vec low, Vec high) { return less(a, low) | less(high, a); }
+#endif
+
 #if !defined(__AVX512F__)
 inline float sum(Vec a) {
     return fold(a, [](float p, float q) { return p + q; });
@@ -227,9 +246,10 @@ inline float max_of(Vec a) {
 }
 #endif
 
-// The first `count` < kLanes values; the other lanes are 0.
+// The first `count` values; the other lanes are 0.
 template <typename T>
 inline Vec load_first(const T* p, int count) {
+    if (count == kLanes) return load(p);
     T buffer[kLanes] = {};
     for (int i = 0; i < count; ++i) buffer[i] = p[i];
     return load(buffer);
@@ -237,16 +257,38 @@ inline Vec load_first(const T* p, int count) {
 
 template <typename T>
 inline void store_first(T* p, Vec a, int count) {
+    if (count == kLanes) return store(p, a);
     T buffer[kLanes];
     store(buffer, a);
     for (int i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
-// Nearest integer of 0 <= v < 2^22, ties to even; NaN stays NaN.
-inline Vec round_even(Vec v) {
-    const Vec magic = splat(12582912.0f);
-    return (v + magic) - magic;
+// Vectors worked on together, step by step, so that the latency of each hides in the work of the others. The bits of a
+// mask for all of them are a Masks, of which select(masks, v, yes, no) takes those of vector v.
+constexpr int kBatch = 4;
+using Masks = std::conditional_t<kLanes == 16, uint64_t, uint32_t>;
+template <int N>
+using Size = std::integral_constant<int, N>;
+
+// One step: op(v) for N vectors.
+template <int N, typename Op>
+inline __attribute__((always_inline)) void each(const Op& op) {
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) op(v);
 }
+
+// op(i, lanes, Size<N>) for every N vectors of `lanes` elements from i on, of `count` elements: for kBatch whole ones at
+// a time, then for single ones, the last of which may have fewer.
+template <typename Op>
+inline __attribute__((always_inline)) void by_batch(int64_t count, const Op& op) {
+    int64_t i = 0;
+    for (; i + kBatch * kLanes <= count; i += kBatch * kLanes) op(i, kLanes, Size<kBatch>());
+    for (; i < count; i += kLanes) op(i, static_cast<int>(count - i < kLanes ? count - i : kLanes), Size<1>());
+}
+
+// Adding it and taking it away rounds 0 <= v < 2^22 to the nearest integer, ties to even; NaN stays NaN.
+inline Vec round_magic() { return splat(kRoundMagic); }
+inline Vec round_even(Vec v) { return (v + round_magic()) - round_magic(); }
 
 // Integer at or below |v| < 2^22; NaN stays NaN.
 inline Vec floor(Vec v) {

@@ -8,7 +8,7 @@ import torch
 
 from .grouping import expand_to_elements
 from .philox import draws
-from .range import level_count, minmax, quantization_parameters, update_range_
+from .range import level_count, minmax, nearest_code, quantization_parameters, update_range_
 
 
 def dynamic_fake_quantize(
@@ -35,9 +35,7 @@ def dynamic_fake_quantize(
         whole = torch.floor(codes)
         up = draws(x.numel(), seed).reshape(x.shape).float() + 0.5 < (codes - whole) * 65536
         codes = whole + up
-    else:
-        codes = torch.round(codes)
-    codes = torch.minimum(codes.clamp(min=0.0), level_count(bits) - 1)
+    codes = nearest_code(codes, level_count(bits) - 1)
     return ((codes - z) * s).to(dtype or x.dtype)
 
 
@@ -61,5 +59,5 @@ def moving_fake_quantize_(
     scale, zero_point = quantization_parameters(low, high, bits)
     s = expand_to_elements(scale, x.shape, axis, group_size)
     z = expand_to_elements(zero_point, x.shape, axis, group_size)
-    codes = torch.minimum(torch.round(x.float() / s + z).clamp(min=0.0), level_count(bits) - 1)
+    codes = nearest_code(x.float() / s + z, level_count(bits) - 1)
     return ((codes - z) * s).to(dtype or x.dtype), scale, zero_point

@@ -4,7 +4,7 @@ import torch
 
 from .grouping import expand_to_elements
 from .philox import noise_mask
-from .range import level_count
+from .range import level_count, nearest_code
 
 
 def fake_quantize(
@@ -24,7 +24,7 @@ def fake_quantize(
     """
     s = expand_to_elements(scale, x.shape, axis, group_size)
     z = expand_to_elements(zero_point, x.shape, axis, group_size)
-    codes = torch.minimum(torch.round(x.float() / s + z).clamp(min=0.0), level_count(bits) - 1)
+    codes = nearest_code(x.float() / s + z, level_count(bits) - 1)
     mask = noise_mask(x.numel(), p, seed).reshape(x.shape)
     return torch.where(mask, (codes - z) * s, x.float()).to(dtype or x.dtype)
 

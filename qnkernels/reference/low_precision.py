@@ -3,7 +3,7 @@
 import torch
 
 from .dynamic import dynamic_fake_quantize
-from .range import level_count, quantization_parameters, update_range_
+from .range import level_count, nearest_code, quantization_parameters, update_range_
 
 
 def low_precision_operands_(
@@ -27,7 +27,7 @@ def low_precision_operands_(
     update_range_(x, low, high, step, bits, "ema_minmax", int(moves), momentum)
     scale, zero_point = quantization_parameters(low, high, bits)
     values, top = x.float(), level_count(bits) - 1
-    codes = torch.minimum(torch.round(values / scale + zero_point).clamp(min=0.0), top)
+    codes = nearest_code(values / scale + zero_point, top)
     outside = (values < (0.0 - zero_point) * scale) | (values > (top - zero_point) * scale)
     quantized_weight = dynamic_fake_quantize(weight, bits, bits, per_channel, False, x.dtype)
     return ((codes - zero_point) * scale).to(x.dtype), pack(outside), quantized_weight

@@ -23,6 +23,11 @@ def level_count(bits: torch.Tensor | int) -> torch.Tensor | float:
     return torch.bitwise_left_shift(torch.ones_like(bits), bits).float()
 
 
+def nearest_code(value: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """The integer from 0 to top nearest to a value, ties to even, never -0; NaN propagates."""
+    return torch.minimum(torch.round(value).clamp(min=0.0), top) + 0.0
+
+
 def quantization_parameters(
     low: torch.Tensor, high: torch.Tensor, bits: torch.Tensor | int, symmetric: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +47,7 @@ def quantization_parameters(
     scale = (high - low) / (levels - 1)
     # a denormal width over many levels underflows to 0, too
     scale = torch.where(scale != 0, scale, torch.ones_like(scale))
-    return scale, torch.minimum(torch.round(-low / scale).clamp(min=0.0), levels - 1)
+    return scale, nearest_code(-low / scale, levels - 1)
 
 
 def histogram_range(

@@ -1,5 +1,7 @@
 """fake_quantize: formula, exactness of every backend, gradient, registration, bad input."""
 
+import math
+
 import pytest
 import torch
 from numeric import DTYPES, SHAPES, assert_identical, integer, layouts, random_seed
@@ -67,6 +69,19 @@ def test_extreme_scales_divide_exactly(scale):
     arguments = (x, torch.tensor(scale), torch.tensor(128.0), integer(8), 1.0, integer(0))
     actual = kernels("cpu")["fake_quantize"](*arguments)
     assert_identical(actual, kernels("reference")["fake_quantize"](*arguments))
+
+
+@pytest.mark.parametrize("zero_point", [0.0, -0.0, 0.5, 127.3, 255.0, -5.0, 300.0, 1e6, 1e30, math.nan])
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 3e-4, 1e20, 1e35, math.inf])
+def test_any_parameters_give_the_same_bits(scale, zero_point):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(333, generator=generator) * 100 * min(scale, 1e30)
+    x[:5] = torch.tensor([-0.3, -0.0, 0.0, 0.5, 1.5]) * scale
+    x[50:53] = torch.tensor([math.inf, -math.inf, math.nan])
+    arguments = (x, torch.tensor(scale), torch.tensor(zero_point), integer(8), 0.8, integer(3))
+    actual, expected = (kernels(name)["fake_quantize"](*arguments) for name in ("cpu", "reference"))
+    same = (actual.view(torch.int32) == expected.view(torch.int32)) | (actual.isnan() & expected.isnan())
+    assert same.all(), (actual[~same], expected[~same])
 
 
 def test_nan_and_infinity():

@@ -7,8 +7,8 @@
 
 #include "common/affine.h"
 #include "cpu/by_dtype.h"
-#include "cpu/divider.h"
 #include "cpu/kernels.h"
+#include "cpu/levels.h"
 #include "cpu/noise_bits.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -29,34 +29,30 @@ struct Quantizer {
     float top;  // 2^bits - 1
 };
 
-// run(begin, end, s, z) for each stretch of [begin, end) with one scale.
+// run(begin, end, affine) for each stretch of [begin, end) with one scale.
 template <typename Run>
 inline void by_scale(const Quantizer& q, int64_t begin, int64_t end, const Run& run) {
     int64_t stretch = begin / q.inner, channel = stretch % q.channels;
     while (begin < end) {
         const int64_t stop = (stretch + 1) * q.inner < end ? (stretch + 1) * q.inner : end;
-        run(begin, stop, q.scale[channel], q.zero_point[channel]);
+        run(begin, stop, Affine{q.scale[channel], q.zero_point[channel]});
         begin = stop;
         ++stretch;
         if (++channel == q.channels) channel = 0;
     }
 }
 
-// vector(offset, count, bits) for each vector of [first, first + count), with its bits of the mask. Draws are made
-// where they are used, so that the latencies of the one hide in the work of the other.
-template <typename Vector>
-inline void by_vector(int64_t first, int64_t count, Noise& noise, const Vector& vector) {
+// batch(i, lanes, Size<N>, bits) for N vectors of `lanes` elements at a time, from element i of [first, first + count)
+// on, with their bits of the mask.
+template <typename Batch>
+inline void by_word(int64_t first, int64_t count, Noise& noise, const Batch& batch) {
     for (int64_t i = 0; i < count;) {
-        const int64_t block = (first + i) / kWord, skip = (first + i) % kWord;
-        const int64_t stop = i + kWord - skip < count ? i + kWord - skip : count;
-        const uint64_t bits = noise.word(block) >> skip;
-        if (stop - i == kWord) {
-            for (int v = 0; v < kWord; v += kLanes) vector(i + v, kLanes, static_cast<uint32_t>(bits >> v));
-        } else {
-            for (int64_t j = i; j < stop; j += kLanes)
-                vector(j, stop - j < kLanes ? static_cast<int>(stop - j) : kLanes, static_cast<uint32_t>(bits >> (j - i)));
-        }
-        i = stop;
+        const int64_t skip = (first + i) % kWord, here = kWord - skip < count - i ? kWord - skip : count - i;
+        const uint64_t bits = noise.word((first + i) / kWord) >> skip;
+        by_batch(here, [&](int64_t j, int lanes, auto size) __attribute__((always_inline)) {
+            batch(i + j, lanes, size, static_cast<Masks>(bits >> j));
+        });
+        i += here;
     }
 }
 
@@ -69,19 +65,13 @@ inline uint64_t mask_at(Noise& noise, int64_t i) {
 }
 
 template <bool Fast, typename In, typename Out>
-void forward_run(const In* x, Out* y, int64_t first, int64_t count, float s, float z, float top, Noise& noise) {
-    const Vec scale = splat(s), zero = splat(z), limit = splat(top), none = splat(0.0f);
-    const Divider divider(s);
-    auto noised = [&](Vec value, uint32_t bits) {
-        const Vec quotient = Fast ? divider.fast(value) : divider.exact(value);
-        const Vec clamped = min(limit, max(none, quotient + zero));
-        return select(static_cast<Mask>(bits), (round_even(clamped) - zero) * scale, value);
-    };
-    by_vector(first, count, noise, [&](int64_t i, int lanes, uint32_t bits) {
-        if (lanes == kLanes)
-            store(y + i, noised(load(x + i), bits));
-        else
-            store_first(y + i, noised(load_first(x + i, lanes), bits), lanes);
+void forward_run(const In* x, Out* y, int64_t first, int64_t count, const Affine& q, float top, Noise& noise) {
+    const Nearest<Fast> nearest(q, top);
+    by_word(first, count, noise, [&](int64_t i, int lanes, auto size, Masks bits) __attribute__((always_inline)) {
+        Vec value[size], level[size];
+        each<size>([&](int v) { level[v] = value[v] = load_first(x + i + v * kLanes, lanes); });
+        nearest.apply(level);
+        each<size>([&](int v) { store_first(y + i + v * kLanes, select(bits, v, level[v], value[v]), lanes); });
     });
 }
 
@@ -89,38 +79,33 @@ template <typename In, typename Out>
 void forward(const In* x, Out* y, int64_t n, const Quantizer& q, int32_t threshold, const int64_t* seed) {
     parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
         Noise noise(seed, threshold);
-        by_scale(q, begin, end, [&](int64_t first, int64_t last, float s, float z) {
-            if (Divider::serves(s))
-                forward_run<true>(x + first, y + first, first, last - first, s, z, q.top, noise);
-            else
-                forward_run<false>(x + first, y + first, first, last - first, s, z, q.top, noise);
+        by_scale(q, begin, end, [&](int64_t first, int64_t last, const Affine& affine) {
+            const auto run = fast(affine) ? forward_run<true, In, Out> : forward_run<false, In, Out>;
+            run(x + first, y + first, first, last - first, affine, q.top, noise);
         });
     });
 }
 
 // Straight-through gradient of one stretch: draws are made only where a value lies outside the range.
 template <typename Grad, typename In>
-void backward_run(const Grad* grad, const In* x, In* grad_x, int64_t first, int64_t count, float s, float z,
-                  float top, Noise& noise) {
-    const Vec low = splat((0.0f - z) * s), high = splat((top - z) * s), none = splat(0.0f);
-    auto stopped = [&](Vec value, int64_t i) {
-        Mask outside = less(value, low) | less(high, value);
-        if (outside) outside &= static_cast<Mask>(mask_at(noise, first + i));
-        return outside;
+void backward_run(const Grad* grad, const In* x, In* grad_x, int64_t first, int64_t count, const Bounds& bounds,
+                  Noise& noise) {
+    const Vec none = splat(0.0f);
+    const bool in_place = static_cast<const void*>(grad) == static_cast<const void*>(grad_x);
+    auto stopped = [&](Mask outside, int64_t i) {
+        return outside ? outside & static_cast<Mask>(mask_at(noise, first + i)) : outside;
     };
-    int64_t i = 0;
-    if (static_cast<const void*>(grad) == static_cast<const void*>(grad_x)) {
-        for (; i + kLanes <= count; i += kLanes)
-            if (const Mask mask = stopped(load(x + i), i))
-                store(grad_x + i, select(mask, none, load(grad_x + i)));
-    }
-    for (; i + kLanes <= count; i += kLanes)
-        store(grad_x + i, select(stopped(load(x + i), i), none, load(grad + i)));
-    if (const int rest = static_cast<int>(count - i)) {
+    by_batch(count, [&](int64_t i, int lanes, auto size) __attribute__((always_inline)) {
         // lanes past the end hold 0, which may lie outside the range: they are not stored
-        const Mask mask = stopped(load_first(x + i, rest), i);
-        store_first(grad_x + i, select(mask, none, load_first(grad + i, rest)), rest);
-    }
+        Mask outside[size], any = 0;
+        each<size>([&](int v) { any |= outside[v] = bounds.outside(load_first(x + i + v * kLanes, lanes)); });
+        if (in_place && !any) return;
+        each<size>([&](int v) {
+            const int64_t at = i + v * kLanes;
+            const Vec value = load_first(grad + at, lanes);
+            store_first(grad_x + at, any ? select(stopped(outside[v], at), none, value) : value, lanes);
+        });
+    });
 }
 
 template <typename Grad, typename In>
@@ -128,8 +113,9 @@ void backward(const Grad* grad, const In* x, In* grad_x, int64_t n, const Quanti
               const int64_t* seed) {
     parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
         Noise noise(seed, threshold);
-        by_scale(q, begin, end, [&](int64_t first, int64_t last, float s, float z) {
-            backward_run(grad + first, x + first, grad_x + first, first, last - first, s, z, q.top, noise);
+        by_scale(q, begin, end, [&](int64_t first, int64_t last, const Affine& affine) {
+            const Bounds bounds(affine, q.top);
+            backward_run(grad + first, x + first, grad_x + first, first, last - first, bounds, noise);
         });
     });
 }

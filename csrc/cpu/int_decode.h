@@ -45,8 +45,9 @@ class GroupDecoder {
 #elif defined(__AVX2__)
         int packed;
         memcpy(&packed, codes, 4);
-        const __m256i moved = _mm256_srlv_epi32(_mm256_set1_epi32(packed), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
-        return {_mm256_cvtepi32_ps(_mm256_and_si256(moved, _mm256_set1_epi32(15)))};
+        const __m128i bytes = _mm_cvtsi32_si128(packed), nibble = _mm_set1_epi8(15);
+        const __m128i low = _mm_and_si128(bytes, nibble), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
+        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)))};
 #else
         return lanewise([&](int i) { return static_cast<float>(unpack_code(codes, i, 4)); });
 #endif
@@ -136,6 +137,24 @@ void decode(const Packed& w, int64_t r, const Columns& columns, T* out) {
         decode_bits<8>(w, r, columns, out);
     else
         decode_bits<4>(w, r, columns, out);
+}
+
+// out [count] <- q - z of columns first, first + 1, ... of a row, all in group g.
+inline void decode_levels(const Packed& w, int64_t r, int64_t g, int64_t first, int64_t count, int16_t* out) {
+    const int zero = w.zero_point(r, g);
+    const uint8_t* codes = w.row(r) + first * w.bits / 8;
+    int64_t i = 0;
+    if (w.bits == 8) {
+        for (; i < count; ++i) out[i] = static_cast<int16_t>(codes[i] - zero);
+        return;
+    }
+    if (first % 2 == 0) {
+        for (; i + 2 <= count; i += 2) {
+            out[i] = static_cast<int16_t>((codes[i / 2] & 15) - zero);
+            out[i + 1] = static_cast<int16_t>((codes[i / 2] >> 4) - zero);
+        }
+    }
+    for (; i < count; ++i) out[i] = static_cast<int16_t>(static_cast<int>(unpack_code(w.row(r), first + i, 4)) - zero);
 }
 
 // Asks for what decode will read.

@@ -1,4 +1,5 @@
-// A vector of fp32 in the width of the instruction set being compiled, loaded from and stored to any dtype.
+// A vector of fp32 in the width of the instruction set being compiled, loaded from and stored to any dtype (integers, to
+// 16 bits, too).
 //
 // Comparisons with NaN are false, min and max return their second argument then: clamp(v) = min(top, max(0, v))
 // keeps NaN. A Mask has one bit a lane.
@@ -72,6 +73,9 @@ inline void store(bf16* p, Vec a) {
 inline void store(f16* p, Vec a) {
     const __m256i half = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+inline void store(int16_t* p, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a.v)));
 }
 
 #elif defined(__AVX2__)
@@ -147,6 +151,11 @@ inline void store(bf16* p, Vec a) {
 }
 inline void store(f16* p, Vec a) {
     const __m128i half = _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+}
+inline void store(int16_t* p, Vec a) {
+    const __m256i whole = _mm256_cvtps_epi32(a.v);
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
 }
 
@@ -226,6 +235,9 @@ template <typename T>
 inline void store(T* p, Vec a) {
     for (int i = 0; i < 8; ++i) p[i] = from_float<T>(a.v[i]);
 }
+inline void store(int16_t* p, Vec a) {
+    for (int i = 0; i < 8; ++i) p[i] = static_cast<int16_t>(a.v[i]);
+}
 
 #endif
 
@@ -284,6 +296,14 @@ inline __attribute__((always_inline)) void by_batch(int64_t count, const Op& op)
     int64_t i = 0;
     for (; i + kBatch * kLanes <= count; i += kBatch * kLanes) op(i, kLanes, Size<kBatch>());
     for (; i < count; i += kLanes) op(i, static_cast<int>(count - i < kLanes ? count - i : kLanes), Size<1>());
+}
+
+// to [n] <- from [n] in fp32
+template <typename T>
+void widen(const T* from, int64_t n, float* to) {
+    by_batch(n, [&](int64_t i, int lanes, auto size) {
+        each<size>([&](int v) { store_first(to + i + v * kLanes, load_first(from + i + v * kLanes, lanes), lanes); });
+    });
 }
 
 // Adding it and taking it away rounds 0 <= v < 2^22 to the nearest integer, ties to even; NaN stays NaN.

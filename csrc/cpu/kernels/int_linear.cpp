@@ -11,6 +11,7 @@
 #include "cpu/extremes.h"
 #include "cpu/int_plain.h"
 #include "cpu/int_tiles.h"
+#include "cpu/int_words.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 
@@ -90,8 +91,14 @@ int linear(const T* x, const Packed& w, const float* bias, T* y, int64_t m) {
         const int status = multiply(x, w, {3, nullptr, nullptr}, bias, y, m, representable);
         if (status != QNK_OK || representable) return status;
     }
+#elif defined(__AVX2__)
+    if (WordProduct<2>::serves(w, m)) {
+        bool representable = true;
+        const int status = WordProduct<2>(w, m).multiply(x, nullptr, nullptr, bias, y, representable);
+        if (status != QNK_OK || representable) return status;
+    }
 #endif
-    return multiply_decoded(x, w, bias, y, m);
+    return DecodedProduct(w).multiply(x, bias, y, m);
 }
 
 template <typename T>
@@ -101,6 +108,11 @@ int linear_quantized(const T* x, const Packed& w, const float* x_scale, const fl
     if (bytes_serve(w)) {
         bool representable = true;
         return multiply(x, w, {1, x_scale, x_zero_point}, bias, y, m, representable);
+    }
+#elif defined(__AVX2__)
+    if (WordProduct<1>::serves(w, m)) {
+        bool representable = true;
+        return WordProduct<1>(w, m).multiply(x, x_scale, x_zero_point, bias, y, representable);
     }
 #endif
     return LevelProduct(w).multiply(x, x_scale, x_zero_point, bias, y, m);

@@ -7,6 +7,7 @@
 #include "cpu/by_dtype.h"
 #include "cpu/kernels.h"
 #include "cpu/pq_bytes.h"
+#include "cpu/pq_entries.h"
 #include "cpu/pq_gradient.h"
 #include "cpu/pq_table.h"
 #include "cpu/pq_tiles.h"
@@ -22,11 +23,16 @@ constexpr int64_t kByteTokens = 6;     // up to so many tokens one by one cost l
 constexpr int64_t kByteOutputs = 256;  // fewer do not pay for the tables of bytes
 
 // Nanoseconds on one core, of which only the ratio matters: by tables each code costs an addition per vector of tokens,
-// in tiles a decoding once and its d weights a product (three for fp32) per 16 tokens.
+// by their entries one per token, in tiles a decoding once and its d weights a product (three for fp32) per 16 tokens.
 double cost_by_tables(const ProductQuantized& w, int64_t m) {
     const double codes = static_cast<double>(w.n * w.blocks), entries = static_cast<double>(w.k * w.columns());
-    const double addition = w.k * kLanes * 4 <= 32768 ? 0.85 : 1.5;
+    const double addition = kLanes == 16 && w.k * kLanes * 4 <= 32768 ? 0.85 : 1.5;
     return static_cast<double>((m + kLanes - 1) / kLanes) * (codes * addition + entries * 0.04);
+}
+
+double cost_by_entries(const ProductQuantized& w, int64_t m) {
+    const double codes = static_cast<double>(w.n * w.blocks), entries = static_cast<double>(w.k * w.columns());
+    return static_cast<double>(m) * (codes * 0.5 + entries * 0.04);
 }
 
 double cost_in_tiles(const ProductQuantized& w, int64_t m, bool bf16_tokens) {
@@ -38,8 +44,10 @@ template <typename T>
 int multiply(const T* x, const ProductQuantized& w, const float* bias, T* y, int64_t m) {
     if (m > kByteTokens && tiles_serve(w) && cost_in_tiles(w, m, std::is_same_v<T, bf16>) < cost_by_tables(w, m))
         return multiply_by_tiles(x, w, bias, y, m);
-    if (!kHasByteTables || m > kByteTokens || w.n < kByteOutputs || w.k > 256 || w.code_bytes != 1)
+    if (!kHasByteTables || m > kByteTokens || w.n < kByteOutputs || w.k > 256 || w.code_bytes != 1) {
+        if (cost_by_entries(w, m) < cost_by_tables(w, m)) return EntryProduct(w).multiply(x, bias, y, m);
         return multiply_by_tables(x, w, bias, y, m);
+    }
     const Buffer<float> token(w.columns()), result(w.n);
     if (!token || !result) return QNK_NO_MEMORY;
     for (int64_t t = 0; t < m; ++t) {

@@ -1,5 +1,6 @@
 """What a measurement ran on: device, versions, threads, commit."""
 
+import ctypes
 import datetime
 import importlib.util
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 import torch
 
 import qnkernels
+from qnkernels.backends import BackendUnavailable
+from qnkernels.backends.native import open_library
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = ("device", "threads", "python", "torch", "triton", "qnkernels", "cuda", "driver", "commit", "date")
@@ -36,13 +39,13 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's name and its number of logical cores."""
+    """The GPU's name, or the processor's, its number of logical cores and the instruction set of our kernels."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name} x{os.cpu_count()}"
+    return f"{name} x{os.cpu_count()} {_instruction_set()}".strip()
 
 
 def folder_name(device_name: str) -> str:
@@ -64,6 +67,15 @@ def commit() -> str:
         "git", "-C", str(ROOT), "status", "--porcelain", "--", "qnkernels", "csrc", "bench/*.py"
     )
     return revision + ("+" if changed else "")
+
+
+def _instruction_set() -> str:
+    try:
+        function = open_library("cpu").qnk_cpu_isa
+    except BackendUnavailable:
+        return ""
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 def _triton_version() -> str:

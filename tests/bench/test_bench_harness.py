@@ -182,7 +182,7 @@ def test_the_eager_formulas_compute_what_the_ops_do():
 
 def test_folder_names_are_plain():
     assert environment.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-    assert environment.folder_name("Intel(R) Xeon(R) Processor x2") == "intel-xeon-processor-x2"
+    assert environment.folder_name("Intel(R) Xeon(R) Processor x2 amx") == "intel-xeon-processor-x2-amx"
 
 
 def test_what_a_run_ran_on_is_complete():

@@ -14,6 +14,7 @@ SUITES = {
     ("kmeans", "pq"): "common or golden or threads or lowest or spoil or overflow",
     ("int_linear", "int_linear_quantized"): "not reference and not check and not gradient and not bad_input",
     ("int_embedding",): "rows or scales",
+    ("fake_quantize", "dynamic", "low_precision", "block_noise"): "equal or bits or extreme or finite",
 }
 
 
@@ -39,11 +40,11 @@ QUANTIZED = """
 import hashlib, torch
 from helpers_int_linear import random_packed
 from qnkernels import functional as F
-for bits, groups in ((8, 1), (4, 1), (8, 3), (4, 33)):
-    packed = random_packed(97, 198, bits, groups, torch.Generator().manual_seed(bits * groups))
+for bits, groups, k in ((8, 1, 198), (4, 1, 198), (8, 3, 198), (4, 33, 198), (8, 1, 192), (4, 3, 192)):
+    packed = random_packed(97, k, bits, groups, torch.Generator().manual_seed(bits * groups))
     digest = hashlib.sha256()
-    for m in (1, 3, 16, 40):
-        x = torch.randn(m, 198, generator=torch.Generator().manual_seed(m)) + 1
+    for m in (1, 3, 5, 16, 40):
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)) + 1
         for quantizer in ((None, None), (0.02, 60.0)):
             y = F.int_linear_quantized(x, *packed.arguments, None, bits, None, *quantizer)
             digest.update(y.numpy().tobytes())
@@ -53,6 +54,6 @@ for bits, groups in ((8, 1), (4, 1), (8, 3), (4, 33)):
 
 def test_quantized_products_have_the_same_bits_on_all():
     expected = run("amx", "-c", QUANTIZED).splitlines()
-    assert len(expected) == 4
+    assert len(expected) == 6
     for isa in LEVELS:
         assert run(isa, "-c", QUANTIZED).splitlines() == expected

@@ -39,7 +39,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's, its number of logical cores and the instruction set of our kernels."""
+    """The GPU's name, or the processor's, its number of logical cores, and our kernels' instruction set."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

@@ -148,6 +148,16 @@ QNK_API int qnk_cpu_kmeans_step(const float* points, const float* weights, int64
                                 int objective_exponent, int32_t* codes, int64_t* sums, int64_t* mass,
                                 int64_t* objective);
 
+// The same from codes, sums and mass of these points with other centroids, which become those with these centroids.
+// group_of [k]: the group, of `groups` (16, 32, 48 or 64), that a centroid is in. bounds [n, groups]: 0, or as earlier calls
+// with these groups and this unit > 0 left them. travelled [groups]: what the farthest moving centroid of a group has moved
+// since the bounds were 0, summed over the steps. looks <- how many pairs of point and group were looked at.
+QNK_API int qnk_cpu_kmeans_bounded_step(const float* points, const float* weights, int64_t n, int64_t d,
+                                        const float* centroids, int64_t k, const int32_t* group_of, int64_t groups,
+                                        const float* travelled, float unit, int exponent, int weight_exponent,
+                                        int objective_exponent, int32_t* codes, uint16_t* bounds, int64_t* sums,
+                                        int64_t* mass, int64_t* objective, int64_t* looks);
+
 // y [m, n] <- x [m, blocks * d] @ W^T + bias [n], block b of row o of W being codebook [k, d] at codes [blocks, n].
 // code_bytes 1 or 2; codes below k. bias may be null.
 QNK_API int qnk_cpu_pq_linear(const void* x, int dtype, const void* codes, int code_bytes, const float* codebook,

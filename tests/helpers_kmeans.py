@@ -15,7 +15,9 @@ def results(group=None) -> list[tuple[torch.Tensor, torch.Tensor, list[float]]]:
     points, weights = torch.randn(1999, 5, generator=generator), torch.rand(1999, generator=generator)
     importance = torch.tensor([1.0, 0.0, 4.0, 0.5, 2.0])
     far = torch.cat((torch.zeros(1, 5), torch.full((29, 5), 100.0)))
+    many = torch.randn(18_001, 3, generator=generator)  # so many that bounds may be kept
     calls = (
+        (many, 40, {}),
         (points, 30, {"seed": 5}),
         (points, 30, {"init": "k-means++", "weights": weights, "importance": importance}),
         (points, 30, {"init": far, "weights": weights}),

@@ -171,6 +171,14 @@ int qnk_cpu_kmeans_step(const float* points, const float* weights, int64_t n, in
                                codes, sums, mass, objective);
 }
 
+int qnk_cpu_kmeans_bounded_step(const float* points, const float* weights, int64_t n, int64_t d, const float* centroids,
+                                int64_t k, const int32_t* group_of, int64_t groups, const float* travelled, float unit,
+                                int exponent, int weight_exponent, int objective_exponent, int32_t* codes,
+                                uint16_t* bounds, int64_t* sums, int64_t* mass, int64_t* objective, int64_t* looks) {
+    return table().kmeans_bounded_step(points, weights, n, d, centroids, k, group_of, groups, travelled, unit, exponent,
+                                       weight_exponent, objective_exponent, codes, bounds, sums, mass, objective, looks);
+}
+
 int qnk_cpu_pq_linear(const void* x, int dtype, const void* codes, int code_bytes, const float* codebook,
                       const float* bias, void* y, int64_t m, int64_t n, int64_t blocks, int64_t k, int64_t d) {
     return table().pq_linear(x, dtype, codes, code_bytes, codebook, bias, y, m, n, blocks, k, d);

@@ -23,6 +23,7 @@
     X(kmeans_assign)                                                                                   \
     X(kmeans_update)                                                                                   \
     X(kmeans_step)                                                                                     \
+    X(kmeans_bounded_step)                                                                             \
     X(pq_linear)                                                                                       \
     X(pq_linear_backward)                                                                              \
     X(pq_embedding)

@@ -35,6 +35,7 @@ inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 inline Vec select(Mask mask, Vec yes, Vec no) { return {_mm512_mask_mov_ps(no.v, mask, yes.v)}; }
@@ -96,6 +97,7 @@ inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Mask less(Vec a, Vec b) {
     return static_cast<Mask>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)));
 }
@@ -114,11 +116,18 @@ inline Vec select(uint32_t bits, int v, Vec yes, Vec no) {  // (a variable shift
 inline Vec select(Mask mask, Vec yes, Vec no) { return select(mask, 0, yes, no); }
 template <typename Op>
 inline float fold(Vec a, Op op) {
-    alignas(32) float lane[8];
-    _mm256_store_ps(lane, a.v);
-    for (int width = 4; width; width /= 2)
-        for (int i = 0; i < width; ++i) lane[i] = op(lane[i], lane[i + width]);
-    return lane[0];
+    __m128 quad = op(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    quad = op(quad, _mm_movehl_ps(quad, quad));
+    return _mm_cvtss_f32(op(quad, _mm_movehdup_ps(quad)));
+}
+inline float sum(Vec a) {
+    return fold(a, [](__m128 p, __m128 q) { return _mm_add_ps(p, q); });
+}
+inline float min_of(Vec a) {
+    return fold(a, [](__m128 p, __m128 q) { return _mm_min_ps(p, q); });
+}
+inline float max_of(Vec a) {
+    return fold(a, [](__m128 p, __m128 q) { return _mm_max_ps(p, q); });
 }
 inline Mask first_lanes(int count) { return (1u << count) - 1u; }
 
@@ -197,6 +206,9 @@ inline Vec operator/(Vec a, Vec b) {
     return lanewise([&](int i) { return a.v[i] / b.v[i]; });
 }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec sqrt(Vec a) {
+    return lanewise([&](int i) { return __builtin_sqrtf(a.v[i]); });
+}
 inline Vec min(Vec a, Vec b) {
     return lanewise([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
@@ -246,7 +258,7 @@ inline void store(int16_t* p, Vec a) {
 inline Mask outside(Vec a, Vec low, Vec high) { return less(a, low) | less(high, a); }
 #endif
 
-#if !defined(__AVX512F__)
+#if !defined(__AVX2__)
 inline float sum(Vec a) {
     return fold(a, [](float p, float q) { return p + q; });
 }

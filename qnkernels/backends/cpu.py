@@ -35,7 +35,12 @@ def load() -> dict[str, Callable]:
     library = open_library("cpu")
     library.qnk_cpu_isa.restype = ctypes.c_char_p
     kernels = CpuKernels(declare(library, "cpu", CPU_ARGTYPES), library.qnk_cpu_isa().decode())
-    in_place = ("moving_fake_quantize", "low_precision_operands", "stop_gradient")
+    in_place = (
+        "moving_fake_quantize",
+        "low_precision_operands",
+        "stop_gradient",
+        "kmeans_bounded_step",
+    )
     # of block_noise, of int_linear_backward, and those that are named otherwise
     parts = ("block_noise_centroid", "int_decode", *in_place)
     names = [name for name in CPU_ARGTYPES if name not in parts]
@@ -341,6 +346,18 @@ class CpuKernels:
         )
         raise_for_status(status)
         return codes, sums, mass, objective
+
+    def kmeans_bounded_step_(self, points, centroids, group_of, travelled, unit, *rest):
+        *exponents, codes, bounds, sums, mass, weights = rest
+        (n, d), k = points.shape, len(centroids)
+        objective, looks = torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.int64)
+        status = self._c["kmeans_bounded_step"](
+            *(points.data_ptr(), pointer(weights), n, d, centroids.data_ptr(), k),
+            *(group_of.data_ptr(), len(travelled), travelled.data_ptr(), unit, *exponents),
+            *(t.data_ptr() for t in (codes, bounds, sums, mass, objective, looks)),
+        )
+        raise_for_status(status)
+        return objective, looks
 
     def pq_linear(self, x, codes, codebook, bias):
         (m, _), (n, blocks), (k, d) = x.shape, codes.shape, codebook.shape

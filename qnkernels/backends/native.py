@@ -60,6 +60,10 @@ CPU_ARGTYPES = {
     "kmeans_assign": [POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER],
     "kmeans_update": [POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, INT, INT, POINTER, POINTER],
     "kmeans_step": [POINTER, POINTER, SIZE, SIZE, POINTER, SIZE, INT, INT, INT, *[POINTER] * 4],
+    "kmeans_bounded_step": [
+        *(POINTER, POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, SIZE, POINTER, FLOAT),
+        *(INT, INT, INT, *[POINTER] * 6),
+    ],
     "pq_linear": [POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, SIZE],
     "pq_linear_backward": [
         *(POINTER, POINTER, INT, POINTER, INT, POINTER, INT),

@@ -25,6 +25,7 @@ def load() -> dict[str, Callable]:
         kmeans.kmeans_assign,
         kmeans.kmeans_update,
         kmeans.kmeans_step,
+        kmeans.kmeans_bounded_step_,
         pq.pq_decode,
         pq.pq_decode_backward,
         pq.pq_linear,

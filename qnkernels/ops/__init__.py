@@ -32,6 +32,7 @@ OPS = (
     "kmeans_assign",
     "kmeans_update",
     "kmeans_step",
+    "kmeans_bounded_step_",
     "pq_decode",
     "pq_decode_backward",
     "pq_linear",

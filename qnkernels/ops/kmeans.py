@@ -1,4 +1,8 @@
-"""kmeans_assign, kmeans_update and kmeans_step: what a step of Lloyd's k-means is made of."""
+"""What a step of Lloyd's k-means is made of: kmeans_assign and kmeans_update, or both as kmeans_step; and
+kmeans_bounded_step_, which goes on from the step before.
+"""
+
+import math
 
 import torch
 
@@ -7,6 +11,7 @@ from . import checks
 from .library import op
 
 MAX_DIMENSION, MAX_CLUSTERS = 64, 1 << 16
+GROUPS = (16, 32, 48, 64)  # of centroids, that bounds may be kept for
 
 
 def _check_points(points) -> None:
@@ -103,3 +108,89 @@ def kmeans_step(points, centroids, exponent, weight_exponent, objective_exponent
     exponents = (exponent, weight_exponent, objective_exponent)
     weights = None if weights is None else weights.contiguous()
     return kernel(points.contiguous(), centroids.contiguous(), *exponents, weights)
+
+
+def _check_kept(name, value, dtype, shape, device) -> None:
+    checks.check_dtype(name, value, dtype)
+    checks.check_same_device(name, value, device)
+    if tuple(value.shape) != shape or not value.is_contiguous():
+        checks.fail(name, f"a contiguous tensor of shape {shape}", (tuple(value.shape), value.stride()))
+
+
+def _check_bounded(points, centroids, group_of, travelled, unit, codes, bounds, sums, mass, weights) -> None:
+    _check_step(points, centroids, weights)
+    (n, d), (k, _) = points.shape, centroids.shape
+    checks.check_dtype("travelled", travelled, torch.float32)
+    if travelled.dim() != 1 or len(travelled) not in GROUPS:
+        checks.fail("travelled", f"one value for each of {GROUPS} groups", tuple(travelled.shape))
+    if not 0.0 < unit < math.inf:
+        checks.fail("unit", "a positive number", unit)
+    kept = (
+        ("group_of", group_of, torch.int32, (k,)),
+        ("travelled", travelled, torch.float32, (len(travelled),)),
+        ("codes", codes, torch.int32, (n,)),
+        ("bounds", bounds, torch.uint16, (n, len(travelled))),
+        ("sums", sums, torch.int64, (k, d)),
+        ("mass", mass, torch.int64, (k,)),
+    )
+    for name, value, dtype, shape in kept:
+        _check_kept(name, value, dtype, shape, points.device)
+
+
+def _fake_bounded(
+    points,
+    centroids,
+    group_of,
+    travelled,
+    unit,
+    exponent,
+    weight_exponent,
+    objective_exponent,
+    codes,
+    bounds,
+    sums,
+    mass,
+    weights=None,
+):
+    _check_bounded(points, centroids, group_of, travelled, unit, codes, bounds, sums, mass, weights)
+    return points.new_empty((), dtype=torch.int64), points.new_empty((), dtype=torch.int64)
+
+
+@op(
+    "kmeans_bounded_step_(Tensor points, Tensor centroids, Tensor group_of, Tensor travelled, float unit, "
+    "int exponent, int weight_exponent, int objective_exponent, Tensor(a!) codes, Tensor(b!) bounds, "
+    "Tensor(c!) sums, Tensor(d!) mass, Tensor? weights=None) -> (Tensor, Tensor)",
+    _fake_bounded,
+)
+def kmeans_bounded_step_(
+    points,
+    centroids,
+    group_of,
+    travelled,
+    unit,
+    exponent,
+    weight_exponent,
+    objective_exponent,
+    codes,
+    bounds,
+    sums,
+    mass,
+    weights=None,
+):
+    """A kmeans_step from the codes, sums and masses of these finite points with other centroids, which become
+    those with these; with lower bounds of distances that spare most of it. Returns the objective and how many
+    pairs of a point and a group were looked at, int64 0-d.
+
+    group_of: int32 [K], the group of each centroid. bounds: uint16 [n, groups], 0 or as left by a call with
+    the same groups and unit. travelled: fp32 [groups], sum over the steps since bounds were 0 of what the
+    farthest moving centroid of each group moved. unit: of distances; 65,536 of them are the most that is
+    told apart. Codes, groups outside their range raise IndexError.
+    """
+    _check_bounded(points, centroids, group_of, travelled, unit, codes, bounds, sums, mass, weights)
+    kernel = select("kmeans_bounded_step_", points.device.type)
+    weights = None if weights is None else weights.contiguous()
+    exponents = (exponent, weight_exponent, objective_exponent)
+    return kernel(
+        *(points.contiguous(), centroids.contiguous(), group_of, travelled, unit, *exponents),
+        *(codes, bounds, sums, mass, weights),
+    )

@@ -4,6 +4,8 @@ Sums are taken in fixed point, so that they do not depend on the order of the po
 threads, or on how the points are spread over processes: a term t is added as round(t * 2^exponent), an int64.
 """
 
+from collections.abc import Callable
+
 import torch
 
 CHUNK = 1 << 22  # distances held at once
@@ -64,6 +66,32 @@ def kmeans_step(
     sums, mass = kmeans_update(points, codes, len(centroids), exponent, weight_exponent, weights)
     terms = distances if weights is None else distances * weights
     return codes, sums, mass, fixed_point(terms, objective_exponent).sum()
+
+
+def kmeans_bounded_step_(
+    points: torch.Tensor,
+    centroids: torch.Tensor,
+    group_of: torch.Tensor,
+    travelled: torch.Tensor,
+    unit: float,
+    exponent: int,
+    weight_exponent: int,
+    objective_exponent: int,
+    codes: torch.Tensor,
+    bounds: torch.Tensor,
+    sums: torch.Tensor,
+    mass: torch.Tensor,
+    weights: torch.Tensor | None,
+    step: Callable = kmeans_step,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step whose codes, sums and masses take the place of those of the step before. Returns the objective
+    and how many pairs of a point and a group were looked at: here all, and no bounds are kept.
+    """
+    *found, objective = step(points, centroids, exponent, weight_exponent, objective_exponent, weights)
+    for kept, new in zip((codes, sums, mass), found, strict=True):
+        kept.copy_(new)
+    bounds.zero_()
+    return objective, torch.tensor(bounds.numel(), device=points.device)
 
 
 def fixed_point(terms: torch.Tensor, exponent: int) -> torch.Tensor:

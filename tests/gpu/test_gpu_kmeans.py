@@ -145,3 +145,22 @@ def test_kmeans_step_of_no_points(device, backend):
     with qnk.backend(backend):
         codes, sums, mass, objective = torch.ops.qnkernels.kmeans_step(points, centroids, 10, 0, 10)
     assert codes.shape == (0,) and not sums.any() and not mass.any() and int(objective) == 0
+
+
+@pytest.mark.of("kmeans_bounded_step_")
+def test_kmeans_bounded_step_is_a_step(device, backend):
+    """In place of what the step before left, bit for bit, and no bound is kept."""
+    points, centroids, weights = (one.to(device) for one in case(1500, 8, 16))
+    exponents, like = (38, 30, 35), {"device": device}
+    codes, bounds = torch.full((1500,), -1, dtype=torch.int32, **like), torch.ones(1500, 16, **like)
+    sums, mass = (torch.ones(shape, dtype=torch.int64, **like) for shape in ((16, 8), (16,)))
+    kept = (codes, bounds.to(torch.uint16), sums, mass)
+    groups = (torch.arange(16, dtype=torch.int32, **like), torch.zeros(16, **like), 0.1)
+    with qnk.backend(backend):
+        total, looks = torch.ops.qnkernels.kmeans_bounded_step_(
+            points, centroids, *groups, *exponents, *kept, weights
+        )
+        expected = torch.ops.qnkernels.kmeans_step(points, centroids, *exponents, weights)
+    found = (kept[0], *kept[2:], total)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert int(looks) == 1500 * 16 and not kept[1].to(torch.int32).any()

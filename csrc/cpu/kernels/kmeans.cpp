@@ -6,7 +6,9 @@
 #include <string.h>
 
 #include "cpu/kernels.h"
+#include "cpu/kmeans_sums.h"
 #include "cpu/nearest.h"
+#include "cpu/nearest_bounds.h"
 #include "cpu/parallel.h"
 
 namespace qnk {
@@ -15,119 +17,6 @@ inline namespace QNK_ISA {
 QNK_CPU_KERNELS(QNK_DECLARE_KERNEL)
 
 namespace {
-
-// round(value * unit), half to even
-inline int64_t fixed_point(float value, double unit) {
-    return static_cast<int64_t>(__builtin_llrint(static_cast<double>(value) * unit));
-}
-
-// Sums that do not fit wrap around, whatever their order.
-inline void add_to(int64_t& to, int64_t term) {
-    to = static_cast<int64_t>(static_cast<uint64_t>(to) + static_cast<uint64_t>(term));
-}
-
-#if defined(__AVX512DQ__)
-inline __m512i fixed_points(__m256 values, __m512d units) {
-    return _mm512_cvtpd_epi64(_mm512_mul_pd(_mm512_cvtps_pd(values), units));
-}
-#endif
-
-// Sum of round(distances * weights * unit); without weights all are 1.
-inline int64_t fixed_sum(const float* distances, const float* weights, int64_t count, double unit) {
-    int64_t total = 0, p = 0;
-#if defined(__AVX512DQ__)
-    __m512i sum = _mm512_setzero_si512();
-    const __m512d units = _mm512_set1_pd(unit);
-    for (; p + 8 <= count; p += 8) {
-        const __m256 term = _mm256_loadu_ps(distances + p);
-        sum = _mm512_add_epi64(sum, fixed_points(weights ? _mm256_mul_ps(term, _mm256_loadu_ps(weights + p)) : term, units));
-    }
-    total = _mm512_reduce_add_epi64(sum);
-#endif
-    for (; p < count; ++p) add_to(total, fixed_point(weights ? distances[p] * weights[p] : distances[p], unit));
-    return total;
-}
-
-struct Sums {
-    int64_t* sums;  // [k, d]
-    int64_t* mass;  // [k]
-    int64_t d;
-    double unit, weight_unit;
-
-    // points [count, d] with their codes; without weights [count] all have 1.
-    void add(const float* points, const int32_t* codes, const float* weights, int64_t count) const {
-        if (weights)
-            for (int64_t p = 0; p < count; ++p) add_to(mass[codes[p]], fixed_point(weights[p], weight_unit));
-        else
-            for (int64_t p = 0; p < count; ++p) ++mass[codes[p]];
-#if defined(__AVX512DQ__)
-        if (d == 8 && !weights) {
-            const __m512d units = _mm512_set1_pd(unit);
-            for (int64_t p = 0; p < count; ++p)
-                add_vector(sums + codes[p] * 8, fixed_points(_mm256_loadu_ps(points + p * 8), units));
-            return;
-        }
-#endif
-        for (int64_t p = 0; p < count; ++p) add_point(points + p * d, codes[p], weights ? weights[p] : 1.0f);
-    }
-
-  private:
-    void add_point(const float* x, int32_t code, float weight) const {
-        int64_t* to = sums + code * d;
-#if defined(__AVX512DQ__)
-        const __m512d units = _mm512_set1_pd(unit);
-        const __m256 factor = _mm256_set1_ps(weight);
-        int64_t j = 0;
-        for (; j + 8 <= d; j += 8) add_vector(to + j, fixed_points(_mm256_mul_ps(_mm256_loadu_ps(x + j), factor), units));
-        if (j == d) return;
-        const __mmask8 lanes = static_cast<__mmask8>((1u << (d - j)) - 1u);
-        const __m512i term = fixed_points(_mm256_mul_ps(_mm256_maskz_loadu_ps(lanes, x + j), factor), units);
-        _mm512_mask_storeu_epi64(to + j, lanes, _mm512_add_epi64(_mm512_maskz_loadu_epi64(lanes, to + j), term));
-#else
-        for (int64_t j = 0; j < d; ++j) add_to(to[j], fixed_point(x[j] * weight, unit));
-#endif
-    }
-
-#if defined(__AVX512DQ__)
-    static void add_vector(int64_t* to, __m512i terms) {
-        _mm512_storeu_si512(to, _mm512_add_epi64(_mm512_loadu_si512(to), terms));
-    }
-#endif
-};
-
-// The partial sums of each thread: [threads][k * (d + 1) + 1], the last being the objective.
-class Partials {
-  public:
-    Partials(int64_t k, int64_t d, int threads) : k_(k), d_(d), threads_(threads) {
-        data_ = static_cast<int64_t*>(calloc(static_cast<size_t>(threads) * size(), sizeof(int64_t)));
-    }
-    Partials(const Partials&) = delete;
-    Partials& operator=(const Partials&) = delete;
-    ~Partials() { free(data_); }
-
-    explicit operator bool() const { return data_ != nullptr; }
-    int64_t* sums(int thread) const { return data_ + thread * size(); }
-    int64_t* mass(int thread) const { return sums(thread) + k_ * d_; }
-    int64_t* objective(int thread) const { return mass(thread) + k_; }
-
-    void total(int64_t* sums_out, int64_t* mass_out) const {
-        for (int64_t i = 0; i < k_ * d_; ++i) sums_out[i] = over_threads(i);
-        for (int64_t i = 0; i < k_; ++i) mass_out[i] = over_threads(k_ * d_ + i);
-    }
-    int64_t total_objective() const { return over_threads(k_ * (d_ + 1)); }
-
-  private:
-    int64_t size() const { return k_ * (d_ + 1) + 1; }
-    int64_t over_threads(int64_t i) const {
-        int64_t value = 0;
-        for (int t = 0; t < threads_; ++t) add_to(value, data_[t * size() + i]);
-        return value;
-    }
-
-    int64_t k_, d_;
-    int threads_;
-    int64_t* data_;
-};
 
 constexpr int64_t kRun = 8 * kTilePoints;  // points that are looked up, and then added up: each needs the cache for itself
 
@@ -210,6 +99,54 @@ int kmeans_step(const float* points, const float* weights, int64_t n, int64_t d,
     if (status != QNK_OK) return status;
     partials.total(sums, mass);
     *objective = partials.total_objective();
+    return QNK_OK;
+}
+
+int kmeans_bounded_step(const float* points, const float* weights, int64_t n, int64_t d, const float* centroids, int64_t k,
+                        const int32_t* group_of, int64_t groups, const float* travelled, float unit, int exponent,
+                        int weight_exponent, int objective_exponent, int32_t* codes, uint16_t* bounds, int64_t* sums,
+                        int64_t* mass, int64_t* objective, int64_t* looks) {
+    for (int64_t i = 0; i < k; ++i)
+        if (group_of[i] < 0 || group_of[i] >= groups) return QNK_BAD_INDEX;
+    BoundedCodebook codebook;
+    const int threads = max_threads();
+    const Partials partials(k, d, threads), looked(0, 0, threads);
+    if (!partials || !looked || !codebook.prepare(centroids, k, static_cast<int>(d), group_of, groups, travelled, unit))
+        return QNK_NO_MEMORY;
+    const double unit_of_sums = __builtin_ldexp(1.0, exponent), weight_unit = __builtin_ldexp(1.0, weight_exponent);
+    const double objective_unit = __builtin_ldexp(1.0, objective_exponent);
+    bool no_memory = false, bad_index = false;
+    parallel_for(n, kBoundTile, [&](int64_t begin, int64_t end, int thread) {
+        for (int64_t p = begin; p < end; ++p)
+            if (codes[p] < -1 || codes[p] >= k) {
+                bad_index = true;
+                return;
+            }
+        void* work = aligned_alloc(64, static_cast<size_t>((codebook.work_bytes() + 63) / 64 * 64));
+        if (!work) {
+            no_memory = true;
+            return;
+        }
+        const Sums to{partials.sums(thread), partials.mass(thread), d, unit_of_sums, weight_unit};
+        int32_t before[kBoundTile];
+        float distances[kBoundTile];
+        for (int64_t first = begin; first < end; first += kBoundTile) {
+            const int64_t count = end - first < kBoundTile ? end - first : kBoundTile;
+            memcpy(before, codes + first, sizeof(int32_t) * static_cast<size_t>(count));
+            *looked.objective(thread) += codebook.nearest(points + first * d, static_cast<int>(count), work, codes + first,
+                                                          bounds + first * groups, distances);
+            for (int64_t p = 0; p < count; ++p)
+                if (codes[first + p] != before[p])
+                    to.move(points + (first + p) * d, before[p], codes[first + p], weights ? weights + first + p : nullptr);
+            add_to(*partials.objective(thread), fixed_sum(distances, weights ? weights + first : nullptr, count, objective_unit));
+        }
+        free(work);
+    });
+    if (bad_index) return QNK_BAD_INDEX;
+    if (no_memory) return QNK_NO_MEMORY;
+    partials.add_total(sums, mass);
+    *objective = partials.total_objective();
+    *looks = looked.total_objective();
     return QNK_OK;
 }
 

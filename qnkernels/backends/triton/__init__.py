@@ -67,6 +67,7 @@ def kernels() -> dict[str, Callable]:
         kmeans.kmeans_assign,
         kmeans.kmeans_update,
         kmeans.kmeans_step,
+        kmeans.kmeans_bounded_step_,
         pq_embedding.pq_decode,
         pq_embedding.pq_decode_backward,
         pq_embedding.pq_embedding,

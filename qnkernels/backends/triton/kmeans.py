@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...reference import kmeans as reference_kmeans
 from . import launch
 from .fixed_point import copies, fixed_point
 from .launch import cdiv, power_of_two
@@ -178,3 +179,8 @@ def kmeans_step(points, centroids, exponent, weight_exponent, objective_exponent
     codes, distances = kmeans_assign(points, centroids)
     exponents = (exponent, weight_exponent, objective_exponent)
     return codes, *_update(points, codes, distances, weights, len(centroids), exponents)
+
+
+def kmeans_bounded_step_(*arguments):
+    """Signature of reference.kmeans.kmeans_bounded_step_. A whole step, without bounds."""
+    return reference_kmeans.kmeans_bounded_step_(*arguments, step=kmeans_step)

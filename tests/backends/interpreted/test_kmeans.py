@@ -110,6 +110,23 @@ def test_step(n, d, n_clusters, weighted):
     )
 
 
+def test_bounded_step_is_a_step():
+    points, centroids, weights = case(70, 33, 4)
+    kept = (
+        torch.full((70,), -1, dtype=torch.int32),
+        torch.ones(70, 16).to(torch.uint16),
+        torch.ones(4, 33, dtype=torch.int64),
+        torch.ones(4, dtype=torch.int64),
+    )
+    groups = (torch.arange(4, dtype=torch.int32), torch.zeros(16), 0.1)
+    step = kernels("triton")["kmeans_bounded_step_"]
+    total, _ = step(points, centroids, *groups, 40, 30, 35, *kept, weights)
+    expected = kernels("triton")["kmeans_step"](points, centroids, 40, 30, 35, weights)
+    for found, one in zip((kept[0], *kept[2:], total), expected, strict=True):
+        assert_identical(found, one)
+    assert not kept[1].to(torch.int32).any()
+
+
 def test_no_points():
     points, centroids = torch.empty(0, 3), torch.randn(4, 3)
     codes, sums, mass, objective = kernels("triton")["kmeans_step"](points, centroids, 10, 0, 10, None)

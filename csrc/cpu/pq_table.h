@@ -13,7 +13,7 @@
 namespace qnk {
 inline namespace QNK_ISA {
 
-constexpr int64_t kTablesTogether = 65536;  // bytes
+constexpr int64_t kTablesTogether = kLanes == 16 ? 65536 : 32768;  // bytes
 
 // table [k][lanes] <- codeword . x for coordinates [d][lanes] of the tokens.
 template <int D>
@@ -22,22 +22,30 @@ inline void product_table(const ProductQuantized& w, const float* coordinates, f
     Vec x[D ? D : 1];
     if (D)
         for (int j = 0; j < D; ++j) x[j] = load(coordinates + j * kLanes);
-    for (int64_t c = 0; c < w.k; ++c) {
-        const float* codeword = w.codebook + c * d;
-        Vec sum = splat(0.0f);
-        for (int j = 0; j < d; ++j) sum = fma(splat(codeword[j]), D ? x[D ? j : 0] : load(coordinates + j * kLanes), sum);
-        store(table + c * kLanes, sum);
-    }
+    const auto products = [&](int64_t c, auto size) {  // of several codewords: each sum waits for itself at every step
+        Vec sums[size];
+        each<size>([&](int i) { sums[i] = splat(0.0f); });
+        for (int j = 0; j < d; ++j) {
+            const Vec column = D ? x[D ? j : 0] : load(coordinates + j * kLanes);
+            each<size>([&](int i) { sums[i] = fma(splat(w.codebook[(c + i) * d + j]), column, sums[i]); });
+        }
+        each<size>([&](int i) { store(table + (c + i) * kLanes, sums[i]); });
+    };
+    int64_t c = 0;
+    for (; c + kBatch <= w.k; c += kBatch) products(c, Size<kBatch>());
+    for (; c < w.k; ++c) products(c, Size<1>());
 }
 
 // y [n][lanes] += rows of the tables [Together][k][lanes] of blocks b, b + 1, ...
 template <int Together, typename Code>
 inline void add_rows(const ProductQuantized& w, int64_t b, const float* tables, float* y) {
     const Code* codes[Together];
-    for (int i = 0; i < Together; ++i) codes[i] = w.block<Code>(b + i);
-    for (int64_t o = 0; o < w.n; ++o) {
+    const float* rows[Together];
+    for (int i = 0; i < Together; ++i) codes[i] = w.block<Code>(b + i), rows[i] = tables + i * w.k * kLanes;
+    const int64_t n = w.n;
+    for (int64_t o = 0; o < n; ++o) {
         Vec sum = load(y + o * kLanes);
-        for (int i = 0; i < Together; ++i) sum = sum + load(tables + (i * w.k + codes[i][o]) * kLanes);
+        for (int i = 0; i < Together; ++i) sum = sum + load(rows[i] + static_cast<int64_t>(codes[i][o]) * kLanes);
         store(y + o * kLanes, sum);
     }
 }

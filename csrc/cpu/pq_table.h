@@ -6,6 +6,8 @@
 // (k = 256: 64 KiB) half of the rows come from the second level, too, but the outputs pass half as often as with two.
 #pragma once
 
+#include <string.h>
+
 #include "cpu/parallel.h"
 #include "cpu/pq.h"
 #include "cpu/vec.h"
@@ -36,18 +38,29 @@ inline void product_table(const ProductQuantized& w, const float* coordinates, f
     for (; c < w.k; ++c) products(c, Size<1>());
 }
 
-// y [n][lanes] += rows of the tables [Together][k][lanes] of blocks b, b + 1, ...
+// y [n][lanes] += rows of the tables [Together][k][lanes] of blocks b, b + 1, ... Eight bytes of codes are read at once: the
+// loads are what takes the time.
 template <int Together, typename Code>
 inline void add_rows(const ProductQuantized& w, int64_t b, const float* tables, float* y) {
+    constexpr int kBits = 8 * sizeof(Code), kRun = 8 / sizeof(Code);
     const Code* codes[Together];
     const float* rows[Together];
     for (int i = 0; i < Together; ++i) codes[i] = w.block<Code>(b + i), rows[i] = tables + i * w.k * kLanes;
+    const auto add = [&](float* to, const auto& row) {
+        Vec sum = load(to);
+        for (int i = 0; i < Together; ++i) sum = sum + load(rows[i] + row(i) * kLanes);
+        store(to, sum);
+    };
     const int64_t n = w.n;
-    for (int64_t o = 0; o < n; ++o) {
-        Vec sum = load(y + o * kLanes);
-        for (int i = 0; i < Together; ++i) sum = sum + load(rows[i] + static_cast<int64_t>(codes[i][o]) * kLanes);
-        store(y + o * kLanes, sum);
+    int64_t o = 0;
+    for (; o + kRun <= n; o += kRun) {
+        uint64_t words[Together];
+        for (int i = 0; i < Together; ++i) memcpy(words + i, codes[i] + o, sizeof(uint64_t));
+#pragma GCC unroll 8
+        for (int j = 0; j < kRun; ++j)
+            add(y + (o + j) * kLanes, [&](int i) { return words[i] >> (kBits * j) & ((uint64_t{1} << kBits) - 1); });
     }
+    for (; o < n; ++o) add(y + o * kLanes, [&](int i) { return static_cast<uint64_t>(codes[i][o]); });
 }
 
 // y [n][lanes] += products of blocks first to last. coordinates: [columns][lanes]. table: room for 8 * k rows or less.

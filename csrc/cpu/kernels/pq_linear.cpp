@@ -26,8 +26,9 @@ constexpr int64_t kByteOutputs = 256;  // fewer do not pay for the tables of byt
 // by their entries one per token, in tiles a decoding once and its d weights a product (three for fp32) per 16 tokens.
 double cost_by_tables(const ProductQuantized& w, int64_t m) {
     const double codes = static_cast<double>(w.n * w.blocks), entries = static_cast<double>(w.k * w.columns());
-    const double addition = kLanes == 16 && w.k * kLanes * 4 <= 32768 ? 0.85 : 1.5;
-    return static_cast<double>((m + kLanes - 1) / kLanes) * (codes * addition + entries * 0.04);
+    const bool wide = kLanes == 16;
+    const double addition = !wide ? 1.0 : w.k * kLanes * 4 <= 32768 ? 0.85 : 1.5;
+    return static_cast<double>((m + kLanes - 1) / kLanes) * (codes * addition + entries * (wide ? 0.04 : 0.6));
 }
 
 double cost_by_entries(const ProductQuantized& w, int64_t m) {

@@ -50,7 +50,7 @@ class EntryProduct {
     }
 
   private:
-    static constexpr int kTogether = 8;  // blocks
+    static constexpr int kTogether = 6;  // blocks: their codes may all fall into one set of the cache
 
     // y [n] <- products of blocks first to last.
     void add_blocks(int64_t first, int64_t last, float* tables, float* y) const {

@@ -18,17 +18,16 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#include "cpu/rows.h"
+#include "cpu/columns.h"
+#include "cpu/group_lists.h"
+#include "cpu/nearest.h"
 
 namespace qnk {
 inline namespace QNK_ISA {
 
-constexpr int kBoundTile = 512;       // points whose groups are found before any is looked at
-constexpr int kListSize = kBoundTile + kRow;  // and what is written past the end
-constexpr int kTogether = 4;          // centroids scored together
+constexpr int kTogether = 4;  // centroids scored together
 constexpr float kBoundTop = 65535.0f;
 constexpr float kBoundSlack = 0x1p-16f;  // more than the relative rounding of a distance, d <= 64
-constexpr int kBoundDimension = 64;
 
 class BoundedCodebook {
   public:
@@ -100,7 +99,7 @@ class BoundedCodebook {
     int d_ = 0;
     float low_scale_ = 0.0f, high_scale_ = 0.0f;  // units of a distance, rounded to either side
     float norm_error_ = 0.0f, point_error_ = 0.0f;
-    float shift_[kBoundDimension] = {};  // the mean centroid
+    float shift_[kMaxDimension] = {};  // the mean centroid
     void* memory_ = nullptr;
     float* rows_ = nullptr;     // [groups][size][1 + d]: half a squared norm and -c, less the shift; infinity where none
     float* columns_ = nullptr;  // [groups][d][padded]: the centroids themselves; infinity where none
@@ -143,7 +142,7 @@ inline bool BoundedCodebook::prepare(const float* centroids, int64_t k, int d, c
         high_[g] = static_cast<uint16_t>(up < kBoundTop ? up : kBoundTop);
         count_[g] = 0;
     }
-    double mean[kBoundDimension] = {};
+    double mean[kMaxDimension] = {};
     for (int64_t i = 0; i < k; ++i)
         for (int j = 0; j < d; ++j) mean[j] += centroids[i * d + j];
     for (int j = 0; j < d; ++j) shift_[j] = static_cast<float>(mean[j] / static_cast<double>(k));
@@ -173,277 +172,6 @@ inline bool BoundedCodebook::prepare(const float* centroids, int64_t k, int d, c
     return true;
 }
 
-// columns [d][16] <- 16 rows, of which pick.four(p, j) and pick.one(p, j) give the coordinates of point p from j on.
-template <typename Pick>
-inline void columns_of(int d, const Pick& pick, float* columns) {
-    int whole = 0;
-#if defined(__AVX2__)
-    whole = d / 4 * 4;
-    for (int j = 0; j < whole; j += 4)
-        for (int q = 0; q < kRow; q += 4) {
-            __m128 a = pick.four(q, j), b = pick.four(q + 1, j), c = pick.four(q + 2, j), e = pick.four(q + 3, j);
-            _MM_TRANSPOSE4_PS(a, b, c, e);
-            float* to = columns + j * kRow + q;
-            _mm_store_ps(to, a);
-            _mm_store_ps(to + kRow, b);
-            _mm_store_ps(to + 2 * kRow, c);
-            _mm_store_ps(to + 3 * kRow, e);
-        }
-#endif
-    for (int j = whole; j < d; ++j)
-        for (int p = 0; p < kRow; ++p) columns[j * kRow + p] = pick.one(p, j);
-}
-
-// Rows of 16 centroids less rows of points.
-struct Differences {
-    const float* centroids[kRow];
-    const float* points[kRow];
-
-#if defined(__AVX2__)
-    __m128 four(int p, int j) const { return _mm_sub_ps(_mm_loadu_ps(centroids[p] + j), _mm_loadu_ps(points[p] + j)); }
-#endif
-    float one(int p, int j) const { return centroids[p][j] - points[p][j]; }
-};
-
-// Rows of 16 points less one row.
-struct Shifted {
-    const float* points[kRow];
-    const float* shift;
-
-#if defined(__AVX2__)
-    __m128 four(int p, int j) const { return _mm_sub_ps(_mm_loadu_ps(points[p] + j), _mm_loadu_ps(shift + j)); }
-#endif
-    float one(int p, int j) const { return points[p][j] - shift[j]; }
-};
-
-// distances [count] <- squared, of up to 16 points to their centroids, in the order of Codebook::distances_in_group.
-template <int D>
-inline void BoundedCodebook::own_distances(const float* points, int count, const int32_t* codes, float* distances) const {
-    const int d = D ? D : d_;
-    alignas(64) float columns[kBoundDimension * kRow], sums[kRow];
-    Differences from;
-    for (int p = 0; p < kRow; ++p) {
-        const int at = p < count ? p : 0;
-        from.centroids[p] = centroids_ + codes[at] * static_cast<int64_t>(d);
-        from.points[p] = points + at * static_cast<int64_t>(d);
-    }
-    columns_of(d, from, columns);
-    for (int v = 0; v < kRowVecs; ++v) {
-        Vec sum = splat(0.0f);
-        for (int j = 0; j < d; ++j) {
-            const Vec difference = load(columns + j * kRow + v * kLanes);
-            sum = fma(difference, difference, sum);
-        }
-        store(sums + v * kLanes, sum);
-    }
-    for (int p = 0; p < count; ++p) distances[p] = sums[p];
-}
-
-// Bit g is set where group g, of the 16 whose bounds and ways are given, may hold a centroid as near as `own` units: its
-// bound is at most own + travelled.
-inline uint16_t within(const uint16_t* bounds, const uint16_t* travelled, uint16_t own) {
-#if defined(__AVX2__)
-    const __m256i way = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(travelled));
-    const __m256i limit = _mm256_adds_epu16(_mm256_set1_epi16(static_cast<int16_t>(own)), way);
-    const __m256i bound = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bounds));
-    const __m256i in = _mm256_cmpeq_epi16(_mm256_max_epu16(bound, limit), limit);
-    return static_cast<uint16_t>(_mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(in), _mm256_extracti128_si256(in, 1))));
-#else
-    uint32_t bits = 0;
-    for (int g = 0; g < kRow; ++g) {
-        const int limit = own + travelled[g];
-        bits |= static_cast<uint32_t>(bounds[g] <= (limit < 65535 ? limit : 65535)) << g;
-    }
-    return static_cast<uint16_t>(bits);
-#endif
-}
-
-// The places of the bits set in a byte, in order.
-struct Places {
-    uint16_t of[256][8];
-
-    constexpr Places() : of() {
-        for (int byte = 0; byte < 256; ++byte) {
-            int count = 0;
-            for (int place = 0; place < 8; ++place)
-                if (byte >> place & 1) of[byte][count++] = static_cast<uint16_t>(place);
-        }
-    }
-};
-
-// Points first to first + 15, of which `groups` has a bit for each of 16 groups, go to the lists [16][kListSize] of theirs.
-// Without a branch: which groups a point needs is not to be foreseen.
-inline void append(const uint16_t* groups, int first, uint16_t* lists, int32_t* counts) {
-#if defined(__AVX2__)
-    static constexpr Places kPlaces;
-    const __m128i from = _mm_set1_epi16(static_cast<int16_t>(first)), eight = _mm_set1_epi16(8);
-    __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(groups));
-    for (int g = kRow - 1; g >= 0; --g, bits = _mm256_add_epi16(bits, bits)) {  // bit g is the sign
-        const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
-        const auto points = static_cast<uint32_t>(_mm_movemask_epi8(bytes));
-        const auto places = [&](uint32_t byte) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(kPlaces.of[byte])); };
-        uint16_t* to = lists + g * kListSize + counts[g];
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi16(places(points & 255u), from));
-        to += __builtin_popcount(points & 255u);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_add_epi16(places(points >> 8), _mm_add_epi16(from, eight)));
-        counts[g] += __builtin_popcount(points);
-    }
-#else
-    for (int p = 0; p < kRow; ++p)
-        for (uint32_t near = groups[p]; near; near &= near - 1) {
-            const int g = __builtin_ctz(near);
-            lists[g * kListSize + counts[g]++] = static_cast<uint16_t>(first + p);
-        }
-#endif
-}
-
-// first, second [kRowVecs] <- the least and second least score of 16 points, columns x [d][16], in a group.
-template <int D>
-inline void BoundedCodebook::least_scores(const float* x, int64_t group, Vec* first, Vec* second) const {
-    const int d = D ? D : d_;
-    const float* rows = rows_ + group * size_ * (1 + d);
-    for (int v = 0; v < kRowVecs; ++v) first[v] = second[v] = splat(__builtin_inff());
-    for (int64_t t = 0; t < count_[group]; t += kTogether) {
-        const float* row = rows + t * (1 + d);
-        Vec sums[kTogether][kRowVecs];
-        for (int i = 0; i < kTogether; ++i)
-            for (int v = 0; v < kRowVecs; ++v) sums[i][v] = splat(row[i * (1 + d)]);
-        for (int j = 0; j < d; ++j)
-            for (int v = 0; v < kRowVecs; ++v) {
-                const Vec column = load(x + j * kRow + v * kLanes);
-                for (int i = 0; i < kTogether; ++i) sums[i][v] = fma(column, splat(row[i * (1 + d) + 1 + j]), sums[i][v]);
-            }
-        for (int v = 0; v < kRowVecs; ++v) {
-            const Vec low = min(sums[0][v], sums[1][v]), high = max(sums[0][v], sums[1][v]);
-            const Vec other_low = min(sums[2][v], sums[3][v]), other_high = max(sums[2][v], sums[3][v]);
-            const Vec least = min(low, other_low), next = min(max(low, other_low), min(high, other_high));
-            second[v] = min(max(first[v], least), min(second[v], next));
-            first[v] = min(first[v], least);
-        }
-    }
-}
-
-// At most the squared distances of points, vector v of columns x [d][16], to centroids of these scores or more.
-template <int D>
-inline Vec BoundedCodebook::least_squared(const float* x, int v, Vec score) const {
-    const int d = D ? D : d_;
-    Vec norm = splat(0.0f);
-    for (int j = 0; j < d; ++j) {
-        const Vec column = load(x + j * kRow + v * kLanes);
-        norm = fma(column, column, norm);
-    }
-    return fma(norm, splat(point_error_), score + score - splat(norm_error_));
-}
-
-// A look at a group for up to 16 points of a tile, those that `list` names.
-template <int D>
-inline void BoundedCodebook::look(const float* points, const uint16_t* list, int count, int64_t group, int32_t* codes,
-                                  uint16_t* bounds, float* distances, float* squared) const {
-    const int d = D ? D : d_;
-    alignas(64) float x[kBoundDimension * kRow], own[kRow], taken[kRow];
-    Shifted from;
-    from.shift = shift_;
-    uint32_t inside = 0;  // points whose own centroid is of this group: its second least score counts
-    for (int p = 0; p < kRow; ++p) {
-        const int at = list[p < count ? p : 0];
-        from.points[p] = points + at * static_cast<int64_t>(d);
-        own[p] = distances[at];
-        inside |= static_cast<uint32_t>(group_of_[codes[at]] == group) << p;
-    }
-    columns_of(d, from, x);
-    Vec first[kRowVecs], second[kRowVecs];
-    least_scores<D>(x, group, first, second);
-    uint32_t doubts = 0;
-    for (int v = 0; v < kRowVecs; ++v) {
-        const Vec least = least_squared<D>(x, v, select(inside, v, second[v], first[v]));
-        const Mask clear = less(load(own + v * kLanes) * splat(1.0f + kBoundSlack), least);
-        doubts |= (static_cast<uint32_t>(first_lanes(kLanes)) & ~static_cast<uint32_t>(clear)) << (v * kLanes);
-        store(taken + v * kLanes, bound_of(least, group));
-    }
-    for (int p = 0; p < count; ++p) bounds[list[p] * groups_ + group] = static_cast<uint16_t>(static_cast<int32_t>(taken[p]));
-    for (doubts &= (1u << count) - 1u; doubts; doubts &= doubts - 1) {
-        const int at = list[__builtin_ctz(doubts)];
-        compare({points + at * static_cast<int64_t>(d), codes + at, distances + at, bounds + at * groups_}, group, squared);
-    }
-}
-
-// The distances of a point to all centroids of a group: its code, distance and bounds after them.
-inline void BoundedCodebook::compare(const Point& point, int64_t group, float* squared) const {
-    const float* columns = columns_ + group * d_ * padded_;
-    for (int64_t t = 0; t < padded_; t += kLanes) {
-        Vec sum = splat(0.0f);
-        for (int j = 0; j < d_; ++j) {
-            const Vec difference = load(columns + j * padded_ + t) - splat(point.x[j]);
-            sum = fma(difference, difference, sum);
-        }
-        store(squared + t, sum);
-    }
-    const float least = least_of(squared);
-    const int64_t slot = place_of(squared, least);
-    if (slot < 0) {  // not a number
-        point.bounds[group] = 0;
-        return;
-    }
-    squared[slot] = __builtin_inff();
-    const float next = least_of(squared);
-    const int32_t nearest = index_[group * size_ + slot], own = *point.code;
-    if (least < *point.distance || (least == *point.distance && nearest < own)) {
-        if (own >= 0 && group_of_[own] != group) {
-            const uint16_t bound = bound_of(*point.distance, group_of_[own]);
-            uint16_t* kept = point.bounds + group_of_[own];
-            *kept = bound < *kept ? bound : *kept;
-        }
-        *point.code = nearest, *point.distance = least;
-    }
-    point.bounds[group] = bound_of(*point.code == nearest ? next : least, group);
-}
-
-// The first step, for up to 16 points of which nothing is known: a look at all groups.
-template <int D>
-inline void BoundedCodebook::start(const float* points, int count, int32_t* codes, uint16_t* bounds, float* distances,
-                                   float* work) const {
-    const int d = D ? D : d_;
-    alignas(64) float x[kBoundDimension * kRow], taken[kRow], best_groups[kRow], limits[kRow] = {};
-    float* least = work;  // [groups][16]
-    float* squared = work + groups_ * kRow;
-    Shifted from;
-    from.shift = shift_;
-    for (int p = 0; p < kRow; ++p) from.points[p] = points + (p < count ? p : 0) * static_cast<int64_t>(d);
-    columns_of(d, from, x);
-    Vec best[kRowVecs], best_group[kRowVecs];
-    for (int v = 0; v < kRowVecs; ++v) best[v] = splat(__builtin_inff()), best_group[v] = splat(0.0f);
-    for (int64_t g = 0; g < groups_; ++g) {
-        Vec first[kRowVecs], second[kRowVecs];
-        least_scores<D>(x, g, first, second);
-        for (int v = 0; v < kRowVecs; ++v) {
-            const Mask better = less(first[v], best[v]);
-            best[v] = select(better, first[v], best[v]);
-            best_group[v] = select(better, splat(static_cast<float>(g)), best_group[v]);
-            const Vec bound = least_squared<D>(x, v, first[v]);
-            store(least + g * kRow + v * kLanes, bound);
-            store(taken + v * kLanes, bound_of(bound, g));
-        }
-        for (int p = 0; p < count; ++p) bounds[p * groups_ + g] = static_cast<uint16_t>(static_cast<int32_t>(taken[p]));
-    }
-    for (int v = 0; v < kRowVecs; ++v) store(best_groups + v * kLanes, best_group[v]);
-    const auto look_at = [&](int p, int64_t group) {
-        compare({points + p * static_cast<int64_t>(d), codes + p, distances + p, bounds + p * groups_}, group, squared);
-    };
-    for (int p = 0; p < count; ++p) {
-        distances[p] = __builtin_inff();
-        look_at(p, static_cast<int64_t>(best_groups[p]));
-        limits[p] = distances[p] * (1.0f + kBoundSlack);
-        least[static_cast<int64_t>(best_groups[p]) * kRow + p] = __builtin_inff();
-    }
-    for (int64_t g = 0; g < groups_; ++g)
-        for (int v = 0; v < kRowVecs; ++v) {
-            const Mask clear = less(load(limits + v * kLanes), load(least + g * kRow + v * kLanes));
-            uint32_t doubts = (static_cast<uint32_t>(first_lanes(kLanes)) & ~static_cast<uint32_t>(clear)) << (v * kLanes);
-            for (doubts &= (1u << count) - 1u; doubts; doubts &= doubts - 1) look_at(__builtin_ctz(doubts), g);
-        }
-    for (int p = 0; p < count; ++p) codes[p] = codes[p] < 0 ? 0 : codes[p];  // not a number
-}
-
 template <int D>
 inline int64_t BoundedCodebook::nearest_of(const float* points, int count, void* work, int32_t* codes, uint16_t* bounds,
                                            float* distances) const {
@@ -451,25 +179,30 @@ inline int64_t BoundedCodebook::nearest_of(const float* points, int count, void*
     int32_t* counts = reinterpret_cast<int32_t*>(squared + padded_ + groups_ * kRow);
     uint16_t* lists = reinterpret_cast<uint16_t*>(counts + groups_);  // [groups][kListSize]
     for (int64_t g = 0; g < groups_; ++g) counts[g] = 0;
+    const int64_t d = D ? D : d_;
     int64_t looks = 0;
-    alignas(64) float own[kRow] = {};
+    alignas(64) float own[kRow] = {};  // units to the point's own centroid, rounded up
     for (int first = 0; first < count; first += kRow) {
         const int together = count - first < kRow ? count - first : kRow;
         bool known = true;
         for (int p = first; p < first + together; ++p) known = known && codes[p] >= 0;
         if (!known) {
-            start<D>(points + first * static_cast<int64_t>(D ? D : d_), together, codes + first, bounds + first * groups_,
-                     distances + first, squared);
+            start<D>(points + first * d, together, codes + first, bounds + first * groups_, distances + first, squared);
             looks += together * groups_;
             continue;
         }
-        own_distances<D>(points + first * static_cast<int64_t>(D ? D : d_), together, codes + first, distances + first);
+        own_distances<D>(points + first * d, together, codes + first, distances + first);
         for (int p = 0; p < together; ++p) own[p] = distances[first + p];
-        for (int v = 0; v < kRow; v += kLanes) store(own + v, min(sqrt(load(own + v)) * splat(high_scale_) + splat(2.0f), splat(kBoundTop)));
+        for (int v = 0; v < kRow; v += kLanes) {
+            const Vec units = sqrt(load(own + v)) * splat(high_scale_) + splat(2.0f);
+            store(own + v, min(units, splat(kBoundTop)));
+        }
         for (int64_t g = 0; g < groups_; g += kRow) {
             uint16_t groups[kRow] = {};
-            for (int p = 0; p < together; ++p)
-                groups[p] = within(bounds + (first + p) * groups_ + g, high_ + g, static_cast<uint16_t>(static_cast<int32_t>(own[p])));
+            for (int p = 0; p < together; ++p) {
+                const auto units = static_cast<uint16_t>(static_cast<int32_t>(own[p]));
+                groups[p] = within(bounds + (first + p) * groups_ + g, high_ + g, units);
+            }
             append(groups, first, lists + g * kListSize, counts + g);
         }
     }
@@ -484,3 +217,5 @@ inline int64_t BoundedCodebook::nearest_of(const float* points, int count, void*
 
 }  // namespace QNK_ISA
 }  // namespace qnk
+
+#include "cpu/nearest_looks.h"

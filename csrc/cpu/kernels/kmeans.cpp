@@ -138,7 +138,8 @@ int kmeans_bounded_step(const float* points, const float* weights, int64_t n, in
             for (int64_t p = 0; p < count; ++p)
                 if (codes[first + p] != before[p])
                     to.move(points + (first + p) * d, before[p], codes[first + p], weights ? weights + first + p : nullptr);
-            add_to(*partials.objective(thread), fixed_sum(distances, weights ? weights + first : nullptr, count, objective_unit));
+            const float* run_weights = weights ? weights + first : nullptr;
+            add_to(*partials.objective(thread), fixed_sum(distances, run_weights, count, objective_unit));
         }
         free(work);
     });

@@ -95,9 +95,13 @@ def _run_together(
 
 
 def source_tree_env() -> dict[str, str]:
-    """The environment for a child that imports qnkernels from the source tree, installed or not."""
+    """The environment for a child that imports qnkernels from the source tree, installed or not.
+
+    It is no worker of pytest-xdist, even if one starts it: pytest-benchmark measures nothing in workers.
+    """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
+    return {**kept, "PYTHONPATH": path}
 
 
 def keep(outcome: Outcome, out: Path) -> Path:

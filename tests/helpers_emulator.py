@@ -9,7 +9,9 @@ threads wait for each other forever.
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -39,17 +41,24 @@ ALIGNED = 64  # bytes; torch aligns no less
 # orders of threads (lowest first, highest first, shuffled), and whether tensors end or start at a guard page
 RUNS = ((0, False), (1, True), (2, True))
 
-_folder = Path(tempfile.mkdtemp(prefix="emulated-"))
-atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+# Workers of one run of the tests share what they compile (conftest.py).
+_folder = Path(os.environ.get("QNKERNELS_EMULATED") or tempfile.mkdtemp(prefix="emulated-"))
+if "QNKERNELS_EMULATED" not in os.environ:
+    atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 
 @functools.cache
 def _object(source: Path) -> Path:
     out = _folder / f"{source.parent.name}-{source.name}.o"
     flags = KERNEL_FLAGS if source.suffix == ".cu" else ("-O2",)
-    command = ["g++", *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", str(out)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first compiles, others wait for it
+        if not out.exists():
+            part = out.with_suffix(".part")
+            command = ["g++", *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", str(part)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            part.rename(out)
     return out
 
 
@@ -58,7 +67,7 @@ def library(*sources: Path) -> ctypes.CDLL:
     """.cu files and the emulator in one shared library."""
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(_object, (*sources, *sorted(EMULATOR.glob("*.cpp")))))
-    path = _folder / ("-".join(source.stem for source in sources) + ".so")
+    path = _folder / f"{'-'.join(source.stem for source in sources)}-{os.getpid()}.so"
     subprocess.run(["g++", "-shared", "-o", str(path), *map(str, objects)], check=True)
     loaded = ctypes.CDLL(str(path))
     loaded.qnk_emulator_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]

@@ -1,10 +1,13 @@
-"""Compile every GPU kernel, without a GPU: `python tools/compile_kernels.py [--all] [--json]`.
+"""Compile every GPU kernel, without a GPU: `python tools/compile_kernels.py [--all] [--json]`
+`[--only sm_80 | sm_90 | cuda] [--ops OP ...]`.
 
 Triton kernels: each variant (kernel_calls.py) for sm_80 and sm_90. csrc/cuda/*.cu, where nvcc is found: for
 sm_80 and sm_90a, with the flags of CMakeLists.txt; a CUDA library that was built from the sources as they are
 now is read instead of compiling them again. Prints registers, shared memory and spills as reported by
-cuobjdump and ptxas. Exits with 1 if a kernel spills, does not compile, is reached by no call, has, where it
-must be exact, an instruction that is not, or has wgmma products that ptxas made to wait for each other.
+cuobjdump and ptxas. --only: the Triton kernels of one architecture, or csrc/cuda; --ops: the Triton kernels
+of some ops. Exits with 1 if a kernel spills, does not compile, is reached by no call (without --ops), has,
+where it must be exact, an instruction that is not, or has wgmma products that ptxas made to wait for each
+other.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,8 +66,8 @@ class Compiled:
     error: str = ""
 
 
-def triton_kernels(arch: int) -> list[Compiled]:
-    """Every Triton variant for one architecture, compiled by the launchers themselves."""
+def triton_kernels(arch: int, only: Collection[str] | None = None) -> list[Compiled]:
+    """Every Triton variant for one architecture, compiled by the launchers themselves; those of some ops."""
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
     sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
     import kernel_calls
@@ -103,7 +107,10 @@ def triton_kernels(arch: int) -> list[Compiled]:
     launch.processors = lambda device: TRITON_ARCHS[arch]
     ops = kernels()
     for op, arguments in kernel_calls.all_calls():
-        ops[op](*arguments)
+        if only is None or op in only:
+            ops[op](*arguments)
+    if only is not None:
+        return list(found.values())
     reached = {one.kernel for one in found.values()}
     missed = sorted(_kernel_names() - reached)
     return [
@@ -254,12 +261,17 @@ def table(compiled: list[Compiled]) -> str:
     )
 
 
-def compile_all() -> tuple[list[Compiled], str | None]:
-    """Everything compiled, and the path of nvcc or None. Architectures are compiled side by side."""
+def compile_all(
+    only: str | None = None, ops: Collection[str] | None = None
+) -> tuple[list[Compiled], str | None]:
+    """Everything, or a part, compiled, and the path of nvcc or None. Architectures are side by side."""
     nvcc = shutil.which("nvcc")
+    archs = [arch for arch in TRITON_ARCHS if only in (None, f"sm_{arch}")]
     with concurrent.futures.ProcessPoolExecutor(len(TRITON_ARCHS)) as pool:
-        jobs = [pool.submit(triton_kernels, arch) for arch in TRITON_ARCHS]
-        if is_current(LIBRARY):
+        jobs = [pool.submit(triton_kernels, arch, ops) for arch in archs]
+        if only not in (None, "cuda"):
+            pass
+        elif is_current(LIBRARY):
             jobs.append(pool.submit(library_kernels, LIBRARY))
         elif nvcc:
             sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -275,9 +287,12 @@ def main() -> int:
         "--all", action="store_true", help="list every variant, not the largest of each kernel"
     )
     parser.add_argument("--json", action="store_true", help="print every variant as JSON")
+    parts = (*(f"sm_{arch}" for arch in TRITON_ARCHS), "cuda")
+    parser.add_argument("--only", choices=parts, help="Triton kernels of one architecture, or csrc/cuda")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="of the Triton kernels, those of these ops")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    compiled, nvcc = compile_all()
+    compiled, nvcc = compile_all(arguments.only, arguments.ops)
     bad = [one for one in compiled if one.error or one.spills]
     if arguments.json:
         print(json.dumps({"nvcc": nvcc, "kernels": [dataclasses.asdict(one) for one in compiled]}, indent=1))

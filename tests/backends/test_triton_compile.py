@@ -54,35 +54,75 @@ def test_no_kernel_is_tuned_when_it_is_first_called():
     assert len(found) >= 30 and set(found.values()) == {"JITFunction"}
 
 
-def test_every_kernel_compiles_without_spills():
-    result = run(str(PROGRAM), "--json")
+# Ops whose Triton kernels are compiled in one test: parts of about the same time.
+PARTS = (
+    ("int_linear", "int_linear_quantized", "int_linear_backward", "int_embedding"),
+    (
+        *("block_noise", "kmeans_assign", "kmeans_update", "kmeans_step", "pq_linear", "pq_linear_backward"),
+        *("pq_decode", "pq_decode_backward", "pq_embedding", "pq_embedding_backward"),
+    ),
+    (
+        *("fake_quantize", "fake_quantize_backward", "dynamic_fake_quantize", "moving_fake_quantize_"),
+        *("low_precision_operands_", "stop_gradient_", "update_range_", "minmax", "histogram_range"),
+        "quantization_parameters",
+    ),
+)
+
+
+def compiled(*options):
+    """What the program reports, all of it without spills and errors."""
+    result = run(str(PROGRAM), "--json", *options)
     assert result.stdout, result.stderr
     report = json.loads(result.stdout)
-    bad = [one for one in report["kernels"] if one["error"] or one["spills"]]
-    assert not bad
+    assert not [one for one in report["kernels"] if one["error"] or one["spills"]]
     assert result.returncode == 0
-    for arch in ("sm_80", "sm_90"):
-        compiled = [one for one in report["kernels"] if one["arch"] == arch]
-        names = {one["kernel"].removesuffix("_kernel") for one in compiled}
-        assert {"fake_quantize", "block_noise", "minmax", "search", "int_linear", "int_embedding"} <= names
-        assert {"int_linear_quantized", "quantize_rows"} <= names
-        assert {"kmeans_assign", "kmeans_update", "pq_linear", "pq_embedding", "nearest_codeword"} <= names
-        # 99 KiB of shared memory: what a program may have on every GPU since sm_80
-        assert all(0 < one["registers"] <= 255 and one["shared"] <= 99 * 1024 for one in compiled)
-    if report["nvcc"]:
-        names = {one["kernel"] for one in report["kernels"] if one["arch"] == "sm_90a"}
-        for family in ("fake_quantize", "int_linear", "kmeans", "pq_linear"):
-            assert any(name.startswith(family) for name in names)
-        # kernels with wgmma hold 128 sums a thread, and are empty elsewhere
-        registers = {
-            arch: [
-                one["registers"]
-                for one in report["kernels"]
-                if one["arch"] == arch and "wgmma" in one["variant"]
-            ]
-            for arch in ("sm_80", "sm_90a")
-        }
-        assert registers["sm_80"] and max(registers["sm_80"]) < 32 and min(registers["sm_90a"]) > 128
+    return report
+
+
+@pytest.mark.parametrize("ops", PARTS, ids=lambda ops: ops[0])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_every_kernel_compiles_without_spills(arch, ops):
+    kernels = compiled("--only", arch, "--ops", *ops)["kernels"]
+    assert kernels and {one["arch"] for one in kernels} == {arch}
+    # 99 KiB of shared memory: what a program may have on every GPU since sm_80
+    assert all(0 < one["registers"] <= 255 and one["shared"] <= 99 * 1024 for one in kernels)
+
+
+def test_every_kernel_is_compiled():
+    """Each is reached by a call of an op of PARTS; nothing is compiled here."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import compile_kernels, kernel_calls
+import triton
+triton.runtime.JITFunction.warmup = lambda self, *a, **k: 1 / 0
+print(*{{op for op, _ in kernel_calls.all_calls()}})
+found = [one for arch in (80, 90) for one in compile_kernels.triton_kernels(arch)]
+print(*{{one.kernel.removesuffix("_kernel") for one in found if one.error != "no call reaches it"}})
+print(*(one.kernel for one in found if one.error == "no call reaches it"))
+"""
+    result = run("-c", code, PYTHONPATH=str(ROOT))
+    ops, reached, missed = result.stdout.split("\n")[:3]
+    assert set(ops.split()) == {op for part in PARTS for op in part}
+    assert len(reached.split()) >= 30 and not missed
+    assert {"fake_quantize", "int_linear_quantized", "search", "nearest_codeword"} <= set(reached.split())
+
+
+def test_every_kernel_of_the_cuda_library_compiles_without_spills():
+    report = compiled("--only", "cuda")
+    if not report["nvcc"]:
+        pytest.skip("nvcc is not installed")
+    names = {one["kernel"] for one in report["kernels"] if one["arch"] == "sm_90a"}
+    for family in ("fake_quantize", "int_linear", "kmeans", "pq_linear"):
+        assert any(name.startswith(family) for name in names)
+    # kernels with wgmma hold 128 sums a thread, and are empty elsewhere
+    registers = {
+        arch: [
+            one["registers"] for one in report["kernels"] if one["arch"] == arch and "wgmma" in one["variant"]
+        ]
+        for arch in ("sm_80", "sm_90a")
+    }
+    assert registers["sm_80"] and max(registers["sm_80"]) < 32 and min(registers["sm_90a"]) > 128
 
 
 def test_a_spill_in_machine_code_is_seen():

@@ -10,21 +10,21 @@ from qnkernels.backends.triton import quantize_rows
 from qnkernels.reference.int_linear import quantize_rows as reference_rows
 
 STATIC = (0.031, 77.0)  # clamps some activations at both ends
-# m, n, k, groups: one of each; odd tails; one past the tiles, split; many rows; tiny and odd groups; aligned
-# groups of one tile and of several, few rows and many
+# m, n, k, groups: one of each; odd tails; one past the tiles, split; many rows; odd groups of several tiles
+# and of one; aligned groups of one tile and of several, few rows and many
 SIZES = (
     (1, 1, 2, 1),
     (3, 5, 12, 4),
     (17, 65, 274, 1),
     (1, 33, 1040, 1),
     (65, 129, 48, 1),
-    (66, 33, 66, 2),
+    (34, 33, 66, 2),
     (2, 7, 30, 10),
     (5, 3, 30, 6),
     (1, 65, 256, 2),
     (16, 64, 96, 3),
     (2, 3, 640, 2),
-    (33, 3, 400, 2),
+    (17, 3, 320, 2),
     (17, 3, 256, 2),
 )
 
@@ -54,7 +54,8 @@ def activations(m, k, generator, dtype=torch.float32):
 def test_exact(m, n, k, groups, bits):
     generator = torch.Generator().manual_seed(m * n + k)
     for index, dtype in enumerate(DTYPES):
-        for has_zero in (False, True):
+        # of many rows, which take long, each dtype and each of the other two values once
+        for has_zero in (False, True) if m <= 16 else (index == 0,):
             packed = random_packed(n, k, bits, groups, generator, has_zero, unit=2**-9)
             x = activations(m, k, generator, dtype)
             bias = torch.randn(n, generator=generator).to(dtype) if has_zero else None

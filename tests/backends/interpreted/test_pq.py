@@ -28,7 +28,9 @@ ROWS = (1, 2, 3, 4, 5, 16, 17, 70)
 @pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 def test_linear_against_float64(shape, dtype):
     generator = torch.Generator().manual_seed(sum(shape))
-    for m, transposed in itertools.product(ROWS, (False, True)):
+    turn = WEIGHTS.index(shape) + DTYPES.index(dtype)
+    for index, m in enumerate(ROWS):
+        transposed = (index // 2 + turn) % 2 == 1
         # every other time the codebook comes in another dtype, with values that both have
         codes, codebook, decoded = weight(*shape, torch.bfloat16, transposed, generator)
         codebook = codebook.to(dtype if m % 2 else torch.float32)
@@ -58,6 +60,8 @@ def test_linear_backward_against_float64(shape, dtype):
         blocks = [one.reshape(codes.numel(), -1) for one in (dense, magnitude)]
         sums = [by_codeword(one, codes, n_centroids, mean) for one in blocks]
         assert_near(grad_codebook, *sums, m, torch.float32)
+        if m > 1:
+            continue
         only_x, nothing = kernels("triton")["pq_linear_backward"](*arguments, True, False)
         assert_identical(only_x, grad_x)
         assert nothing.shape == (0,) and nothing.dtype == torch.float32
@@ -67,7 +71,7 @@ def test_linear_backward_against_float64(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*WEIGHTS, (300, 37, 8, 11)], ids=str)
+@pytest.mark.parametrize("shape", [*WEIGHTS, (70, 37, 8, 11)], ids=str)
 def test_decode_and_embedding_equal_the_reference(shape, dtype):
     generator = torch.Generator().manual_seed(sum(shape) + 2)
     for transposed in (False, True):
@@ -79,7 +83,7 @@ def test_decode_and_embedding_equal_the_reference(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*WEIGHTS, (300, 37, 8, 11)], ids=str)
+@pytest.mark.parametrize("shape", [*WEIGHTS, (70, 37, 8, 11)], ids=str)
 def test_gradients_of_decode_and_embedding(shape, dtype):
     generator = torch.Generator().manual_seed(sum(shape) + 3)
     rows, n_blocks, d, n_centroids = shape

@@ -23,16 +23,18 @@ step 7.0 -> 5.3 ms (least of interleaved runs), a search 3.2x faiss there.
 
 Since then a search keeps bounds on the distances from step to step (csrc/cpu/nearest_bounds.h), where a
 sample of its points says that they pay: measured with AVX2 alone (Zen, 2.5 GHz, 2 cores), not yet with
-AVX-512 or AMX. 15 steps 227 ms, 3.1x faiss (710) and short of 5x; without bounds 501; scikit-learn 1570,
-the product 498. Of 16 groups of 16 centroids a point looks at all in the first step, at a third in each of
-the next three and at a tenth in the last: 256, 180, 155, 119, 100, 78 ... 52 ns on one core, where a step
-without bounds takes 209. Half of that is the scores of the groups, at 10.8 ns a look near the rate of
-multiply-adds, a fifth their points brought together, an eighth distances where the nearest changes. Tried:
-lists of points made without a branch 10.2 -> 8.6 ms a late step of 147,456 points; groups of 8 the same
-time; a first step that finds its own codes instead of a plain one before it 1660 -> 1420 ns in all. With
-one bound for all centroids 39 % of the points could skip the scores, but no other could skip any. d = 16:
-494 -> 97 ns a late step, d = 64: 3560 -> 590, d = 4: 115 -> 37; K = 1024 in 5 steps 1.6 times less in all.
-The sample, 4096 points, costs 2 % of 15 steps.
+AVX-512 or AMX. 15 steps 227 ms, 2.7x and 3.1x faiss in two runs (605 and 710) and short of 5x; 25 steps
+300, 3.3x; without bounds 15 steps 501; scikit-learn 1570, the product 498. Of 16 groups of 16 centroids a
+point looks at all in the first step, at a third in each of the next three and at a tenth in the last: 256,
+180, 155, 119, 100, 78 ... 52 ns on one core, where a step without bounds takes 209. Half of that is the
+scores of the groups, at 10.8 ns a look near the rate of multiply-adds, a fifth their points brought
+together, an eighth distances where the nearest changes. Tried: lists of points made without a branch 10.2
+-> 8.6 ms a late step of 147,456 points; groups of 8 the same time; a first step that finds its own codes
+instead of a plain one before it 1660 -> 1420 ns in all. Groups by their principal axis or by k-means 3 to 8
+% fewer looks, in simulation. With one bound for all centroids 39 % of the points could skip the scores, but
+no other could skip any. Others, beside faiss: d = 4 144 ms (421), d = 16 411 (858), 100,000 points 93
+(205), K = 16 without bounds 86 (280); in 5 steps K = 1024 318 (567), 1,000,000 points 419 (691). The
+sample, 4096 points, costs 2 % of 15 steps.
 
 Measured on an H200 (a step, us, by ours in CUDA C++ / in Triton / torch / the matrix product; 12 rounds):
 2,097,152 points of d = 8 in K = 256 326 / 598 / 2530 / 960, K = 1024 556 / 1920 / 6560 / 3170, K = 4096

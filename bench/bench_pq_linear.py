@@ -21,12 +21,13 @@ Without AMX (Zen 4, 2 cores, other programs beside it): batch 256 in fp32 17.7 m
 0.79x in bf16, by table rows: tables of four blocks at once (64 KiB) instead of two 17.9 -> 14.8 ms, rows of 8
 tokens instead of 16 18.5 ms, tokens and outputs transposed in runs of 16 a further tenth. Batch 16: 1.24 ms,
 10x fp32; batch 1: 0.31 ms, 13x fp32, 1.7x quantize_dynamic (least times: 0.12 ms, 2.2x).
-With AVX2 alone (Zen, 2.5 GHz, 2 cores), fp32, medians of a plain loop: batch 1 0.60 to 0.66 ms, 7.6x
-F.linear in fp32 and not 8x (2.1x quantize_dynamic before the last change below); 16 2.8, 12x; 256 41, 3.9x
-and not 4x; step of 512 476, dense 798. Batch 1 by table rows of 8 tokens took 1.82; entries one by one
-1.04, eight outputs whose codes are one load 0.86, sums kept out of vectors 0.69, one register for the table
-0.58; six blocks together instead of eight, whose codes lie 4096 bytes apart and fall into one set of the
-cache, 0.55 -> 0.48 ns a code on one core, 1.2 cycles where its loads take 0.7. K = 1024: 3.27 -> 0.68 to
+With AVX2 alone (Zen, 2.5 GHz, 2 cores), fp32, medians of a plain loop, beside F.linear in fp32 and
+quantize_dynamic: batch 1 0.65 ms (0.86 with the codes out of the caches), 4.1, 1.19: 6.3x and not 8x, 1.8x
+and not 2x; 16 2.64, 32, 7.6; 64 9.7, 57, 30; 256 40.5, 157, 124: 3.9x and not 4x; step of 512, before the
+changes below, 476, dense 798. Batch 1 by table rows of 8 tokens took 1.82; entries one by one 1.04, eight
+outputs whose codes are one load 0.86, sums kept out of vectors 0.69, one register for the table 0.58 to
+0.65. Tried after that: 4 to 8 blocks together, words of codes shifted in place, the next codes prefetched:
+the same. On one core a code takes 0.48 ns, 1.2 cycles where its loads take 0.7. K = 1024: 3.27 -> 0.68 to
 0.76. Batch 256 57 -> 41, in ns an addition for 8 tokens on one core, 0.35 of them for the tables: 1.57;
 tables of four blocks (32 KiB) instead of eight and of four codewords at once 1.40, codes of eight outputs
 in one load 1.27, where loads and stores take 0.65. Tried there: two tables, three, sums in pairs: slower or

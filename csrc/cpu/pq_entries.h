@@ -12,6 +12,12 @@
 #include "cpu/pq.h"
 #include "cpu/vec.h"
 
+#if defined(__clang__)
+#define QNK_SUMS_APART
+#else
+#define QNK_SUMS_APART __attribute__((optimize("no-tree-slp-vectorize")))
+#endif
+
 namespace qnk {
 inline namespace QNK_ISA {
 
@@ -86,7 +92,7 @@ class EntryProduct {
     // y [n] += entries of the tables of blocks b, b + 1, ... Eight outputs at a time, whose codes are a word or two. (Sums
     // stay apart: vectors of them would be put together entry by entry.)
     template <int Together, typename Code>
-    __attribute__((noinline, optimize("no-tree-slp-vectorize"))) void add(int64_t b, const float* tables, float* y) const {
+    QNK_SUMS_APART __attribute__((noinline)) void add(int64_t b, const float* tables, float* y) const {
         constexpr int kBits = 8 * sizeof(Code), kWords = sizeof(Code), kPerWord = 8 / kWords;
         const Code* codes = w_.block<Code>(b);
         const int64_t stride = stride_;

@@ -197,8 +197,11 @@ def test_indices_outside(argument, bad):
     points, kept = torch.randn(40, 3, generator=generator), Kept.of(40, 3, 9, 16, generator)
     kept.codes.zero_()
     getattr(kept, argument)[3] = bad if argument == "codes" or bad != 9 else 16
+    codes = kept.codes.clone()
     with pytest.raises(IndexError):
         kept.step(points, points[:9].clone(), None)
+    assert_identical(kept.codes, codes)  # nothing has changed
+    assert not kept.bounds.to(torch.int32).any() and not kept.sums.any()
 
 
 def test_opcheck():

@@ -116,12 +116,12 @@ int kmeans_bounded_step(const float* points, const float* weights, int64_t n, in
     const double unit_of_sums = __builtin_ldexp(1.0, exponent), weight_unit = __builtin_ldexp(1.0, weight_exponent);
     const double objective_unit = __builtin_ldexp(1.0, objective_exponent);
     bool no_memory = false, bad_index = false;
-    parallel_for(n, kBoundTile, [&](int64_t begin, int64_t end, int thread) {
+    parallel_for(n, kBoundTile, [&](int64_t begin, int64_t end) {  // before any of them changes
         for (int64_t p = begin; p < end; ++p)
-            if (codes[p] < -1 || codes[p] >= k) {
-                bad_index = true;
-                return;
-            }
+            if (codes[p] < -1 || codes[p] >= k) bad_index = true;
+    });
+    if (bad_index) return QNK_BAD_INDEX;
+    parallel_for(n, kBoundTile, [&](int64_t begin, int64_t end, int thread) {
         void* work = aligned_alloc(64, static_cast<size_t>((codebook.work_bytes() + 63) / 64 * 64));
         if (!work) {
             no_memory = true;
@@ -143,7 +143,6 @@ int kmeans_bounded_step(const float* points, const float* weights, int64_t n, in
         }
         free(work);
     });
-    if (bad_index) return QNK_BAD_INDEX;
     if (no_memory) return QNK_NO_MEMORY;
     partials.add_total(sums, mass);
     *objective = partials.total_objective();

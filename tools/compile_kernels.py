@@ -1,13 +1,13 @@
 """Compile every GPU kernel, without a GPU: `python tools/compile_kernels.py [--all] [--json]`
-`[--only sm_80 | sm_90 | cuda] [--ops OP ...]`.
+`[--only sm_80 | sm_90 | cuda] [--ops OP ...] [--share SHARE]`.
 
 Triton kernels: each variant (kernel_calls.py) for sm_80 and sm_90. csrc/cuda/*.cu, where nvcc is found: for
-sm_80 and sm_90a, with the flags of CMakeLists.txt; a CUDA library that was built from the sources as they are
-now is read instead of compiling them again. Prints registers, shared memory and spills as reported by
+sm_80 and sm_90a, with the flags of CMakeLists.txt; a CUDA library that was built from the sources as they
+are now is read instead of compiling them again. Prints registers, shared memory and spills as reported by
 cuobjdump and ptxas. --only: the Triton kernels of one architecture, or csrc/cuda; --ops: the Triton kernels
-of some ops. Exits with 1 if a kernel spills, does not compile, is reached by no call (without --ops), has,
-where it must be exact, an instruction that is not, or has wgmma products that ptxas made to wait for each
-other.
+of some ops; --share: about this share of their calls, by chance, the same each time. Exits with 1 if a
+kernel spills, does not compile, is reached by no call (without --ops), has, where it must be exact, an
+instruction that is not, or has wgmma products that ptxas made to wait for each other.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -66,8 +67,10 @@ class Compiled:
     error: str = ""
 
 
-def triton_kernels(arch: int, only: Collection[str] | None = None) -> list[Compiled]:
-    """Every Triton variant for one architecture, compiled by the launchers themselves; those of some ops."""
+def triton_kernels(arch: int, only: Collection[str] | None = None, share: float = 1.0) -> list[Compiled]:
+    """Every Triton variant for one architecture, or those of some ops and of a share of the calls, compiled
+    by the launchers themselves.
+    """
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
     sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
     import kernel_calls
@@ -106,9 +109,12 @@ def triton_kernels(arch: int, only: Collection[str] | None = None) -> list[Compi
     launch.run = compile_only
     launch.processors = lambda device: TRITON_ARCHS[arch]
     ops = kernels()
+    chance, seen = random.Random(0), set()
     for op, arguments in kernel_calls.all_calls():
-        if only is None or op in only:
+        drawn = chance.random() < share or op not in seen
+        if drawn and (only is None or op in only):
             ops[op](*arguments)
+        seen.add(op)
     if only is not None:
         return list(found.values())
     reached = {one.kernel for one in found.values()}
@@ -262,13 +268,13 @@ def table(compiled: list[Compiled]) -> str:
 
 
 def compile_all(
-    only: str | None = None, ops: Collection[str] | None = None
+    only: str | None = None, ops: Collection[str] | None = None, share: float = 1.0
 ) -> tuple[list[Compiled], str | None]:
     """Everything, or a part, compiled, and the path of nvcc or None. Architectures are side by side."""
     nvcc = shutil.which("nvcc")
     archs = [arch for arch in TRITON_ARCHS if only in (None, f"sm_{arch}")]
     with concurrent.futures.ProcessPoolExecutor(len(TRITON_ARCHS)) as pool:
-        jobs = [pool.submit(triton_kernels, arch, ops) for arch in archs]
+        jobs = [pool.submit(triton_kernels, arch, ops, share) for arch in archs]
         if only not in (None, "cuda"):
             pass
         elif is_current(LIBRARY):
@@ -290,9 +296,12 @@ def main() -> int:
     parts = (*(f"sm_{arch}" for arch in TRITON_ARCHS), "cuda")
     parser.add_argument("--only", choices=parts, help="Triton kernels of one architecture, or csrc/cuda")
     parser.add_argument("--ops", nargs="+", metavar="OP", help="of the Triton kernels, those of these ops")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the calls of Triton kernels, drawn by chance"
+    )
     arguments = parser.parse_args()
     start = time.perf_counter()
-    compiled, nvcc = compile_all(arguments.only, arguments.ops)
+    compiled, nvcc = compile_all(arguments.only, arguments.ops, arguments.share)
     bad = [one for one in compiled if one.error or one.spills]
     if arguments.json:
         print(json.dumps({"nvcc": nvcc, "kernels": [dataclasses.asdict(one) for one in compiled]}, indent=1))

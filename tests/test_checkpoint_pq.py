@@ -1,6 +1,5 @@
 """Checkpoints of product-quantized models: identical logits, sizes, and every way a file can be wrong."""
 
-import copy
 import math
 import os
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import helpers_reload
 import pytest
 import torch
+from helpers_checkpoint import assert_refused, rewrite
 from helpers_reload import TOKENS, Model
 from safetensors import safe_open
 from torch import nn
@@ -42,23 +42,6 @@ def build(config: str = "3 bits", dtype: torch.dtype = torch.float32) -> Model:
         nn.functional.cross_entropy(model(TOKENS).float().flatten(0, 1), TOKENS.flatten()).backward()
         optimizer.step()
     return model.eval()
-
-
-def assert_refused(model: nn.Module, path, message: str) -> None:
-    """Loading raises, and the model is as it was."""
-    types, state = [type(module) for module in model.modules()], copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=message):
-        qnk.load_compressed(model, path)
-    assert [type(module) for module in model.modules()] == types
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, state[name])
-
-
-def rewrite(path, edit) -> None:
-    """Let `edit(specification, tensors)` change a file, and give it a digest that matches."""
-    specification, tensors = container.read(path)
-    edit(specification, tensors)
-    container.write(path, tensors, specification)
 
 
 @pytest.mark.parametrize("meta", [False, True])

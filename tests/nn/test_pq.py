@@ -1,9 +1,7 @@
-"""PQLinear, PQEmbedding, PQConv2d: decoding, gradients, casts, ties, compilation, parity with fairseq."""
+"""PQLinear, PQEmbedding, PQConv2d: decoding, gradients, casts, ties, compilation."""
 
 import copy
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +11,7 @@ from torch import nn
 from qnkernels import functional, kmeans
 from qnkernels.nn import NoisyLinear, PQConv2d, PQEmbedding, PQLinear
 from qnkernels.nn.compressed import become_
-from qnkernels.nn.pq_weight import PQWeight, lay_out
 
-DATA = Path(__file__).parent.parent / "data"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (in, out, block, K): one block a row, prime sizes, fewer blocks than centroids, 16-bit codes
 SHAPES = [(8, 5, 8, 4), (21, 13, 3, 16), (6, 2, 2, 256), (24, 67, 2, 300), (5, 1, 1, 2)]
@@ -381,41 +377,6 @@ def test_refuses_weights_and_embeddings_that_cannot_be():
     for options in ({"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
             PQEmbedding.from_embedding(nn.Embedding(5, 4, **options), 2, 4)
-
-
-def golden(name: str) -> dict[str, torch.Tensor]:
-    file = np.load(DATA / name)
-    return {key: torch.from_numpy(file[key]) for key in file}
-
-
-def layer_of_fairseq(centroids, assignments, rows: int) -> PQWeight:
-    """fairseq keeps the codes of the first block of all rows, then those of the second, and so on."""
-    codes = assignments.reshape(-1, rows).t().to(torch.uint8)
-    return PQWeight(lay_out(codes), nn.Parameter(centroids), codebook_grad="sum")
-
-
-def test_linear_is_that_of_fairseq():
-    arrays = golden("fairseq_product.npz")
-    bias = nn.Parameter(arrays["layer_bias"])
-    layer = PQLinear(layer_of_fairseq(arrays["pq8_centroids"], arrays["pq8_assignments"], 128), bias)
-    assert torch.equal(layer.weight, arrays["pq8_decoded"])
-    x = arrays["layer_x"].requires_grad_()
-    y = layer(x)
-    y.backward(arrays["layer_grad_out"])
-    assert relative_error(y, arrays["layer_y"]) < 1e-4
-    assert relative_error(x.grad, arrays["layer_grad_x"]) < 1e-4
-    assert relative_error(layer.codebook.grad, arrays["layer_grad_centroids_sum"]) < 1e-4
-    mean = PQLinear(PQWeight(layer.codes, nn.Parameter(layer.codebook.detach().clone())), bias)
-    mean(arrays["layer_x"]).backward(arrays["layer_grad_out"])
-    expected = arrays["layer_grad_centroids_sum"] / arrays["layer_counts"].clamp(min=1)[:, None]
-    assert relative_error(mean.codebook.grad, expected) < 1e-4
-
-
-def test_conv_is_that_of_fairseq():
-    arrays = golden("fairseq_conv.npz")
-    conv = nn.Conv2d(8, 16, 3)
-    layer = PQConv2d(layer_of_fairseq(arrays["centroids"], arrays["assignments"], 16), conv)
-    assert torch.equal(layer.weight, arrays["decoded"])
 
 
 def test_weight_is_differentiable_for_those_who_multiply_by_it_themselves():

@@ -1,72 +1,27 @@
-"""sensitivity: which weights each evaluation sees, that they come back, resumption, forms of the result."""
+"""sensitivity: which weights each evaluation sees, that they come back, resumption, mistakes."""
 
-import csv
-import io
 import json
 import math
 
 import pytest
 import torch
-from helpers_reload import TOKENS, Model
+from helpers_sensitivity import (
+    GROUPS,
+    LAYERS,
+    OPTIONS,
+    PRODUCT,
+    Evaluation,
+    build,
+    exported,
+    loss,
+    measure,
+    weights,
+)
 from numeric import assert_identical
-from rich.console import Console
 from torch import nn
 
 import qnkernels as qnk
 from qnkernels.sensitivity import journal
-
-GROUPS = {"attention": r"grouped", "ffn": r"body\.\d", "embedding": ["embedding"]}
-LAYERS = {"attention": ["grouped"], "ffn": ["body.0", "body.2"], "embedding": ["embedding", "head"]}
-OPTIONS = {
-    "channel": {},
-    "tensor, symmetric": {"per": "tensor", "symmetric": True},
-    "groups": {"group_size": 6, "observer": "histogram"},
-}
-PRODUCT = qnk.PQConfig(block_size=6, n_centroids=8, n_iter=3)
-
-
-def build(seed: int = 0, tied: bool = True) -> Model:
-    torch.manual_seed(seed)
-    return Model(tied=tied).eval()
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: layer.weight.detach().clone()
-        for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv2d))
-    }
-
-
-@torch.no_grad()
-def loss(model: nn.Module) -> float:
-    return model(TOKENS).logsumexp(-1).mean().item()
-
-
-def exported(groups: tuple[str, ...], config, names: dict[str, list[str]] = LAYERS) -> Model:
-    """A model whose layers of these groups are stored, really."""
-    wanted = [name for group in groups for name in names[group]]
-    model = build()
-    return qnk.quantize_(model, config, lambda _, name: name in wanted) if wanted else model
-
-
-class Evaluation:
-    """Counts its calls, keeps what weights it saw, and may raise at one of them."""
-
-    def __init__(self, stop: int | None = None) -> None:
-        self.stop, self.seen = stop, []
-
-    def __call__(self, model: nn.Module) -> float:
-        if len(self.seen) == self.stop:
-            raise KeyboardInterrupt
-        self.seen.append(weights(model))
-        return loss(model)
-
-
-def measure(model=None, evaluate=loss, **options) -> qnk.Sensitivity:
-    options = {"bits": (3, 8), "groups": GROUPS, "progress": False, **options}
-    with pytest.warns(UserWarning, match="in no group, and left in full precision: conv$"):
-        return qnk.sensitivity(model or build(), evaluate, **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -328,76 +283,3 @@ def test_models_that_cannot_be():
         qnk.sensitivity(shared, loss, (8,), progress=False)
     served = qnk.quantize_(build(), qnk.Int8WeightOnlyConfig(), lambda _, name: name == "body.0")
     assert "body.0" not in qnk.sensitivity(served, loss, (8,), progress=False).groups
-
-
-def test_table_csv_and_json(tmp_path):
-    s = measure(pq=[PRODUCT])
-    console = Console(width=80, file=io.StringIO())
-    console.print(s.table())
-    text = console.file.getvalue()
-    for word in (
-        *GROUPS,
-        *s.choices,
-        f"{s.rows[0].only:.5g}",
-        "all groups",
-        "left" and "conv",
-        "lower is better",
-    ):
-        assert word in text
-    assert "…" not in text
-    s.to_csv(tmp_path / "s.csv")
-    with open(tmp_path / "s.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [(line["group"], line["choice"]) for line in lines] == [(row.group, row.choice) for row in s.rows]
-    for line, row in zip(lines, s.rows, strict=True):
-        assert (float(line["only"]), float(line["all_but"])) == (row.only, row.all_but)
-        assert (int(line["parameters"]), int(line["bytes"])) == (row.parameters, row.bytes)
-        assert float(line["all_quantized"]) == s.all_quantized[row.choice]
-        assert float(line["baseline"]) == s.baseline
-    s.save(tmp_path / "s.json")
-    assert qnk.Sensitivity.load(tmp_path / "s.json") == s
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["s.csv", "s.json"]
-
-
-def test_a_loaded_result_is_checked(tmp_path):
-    path = tmp_path / "s.json"
-    value = measure().to_json()
-    edits = [
-        lambda v: v.update(format="other"),
-        lambda v: v.pop("rows"),
-        lambda v: v["rows"].pop(),
-        lambda v: v["rows"][0].update(only="1"),
-        lambda v: v.update(more=1),
-        lambda v: v["choices"]["int3"].update(bits=9),
-        lambda v: v["choices"]["int3"].update(type="Other"),
-        lambda v: v.update(baseline=None),
-    ]
-    for edit in edits:
-        changed = json.loads(json.dumps(value))
-        edit(changed)
-        path.write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=f"{path}: expected a saved Sensitivity, got another file"):
-            qnk.Sensitivity.load(path)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="expected a saved Sensitivity"):
-        qnk.Sensitivity.load(path)
-
-
-@pytest.mark.parametrize("constant", [False, True])
-def test_picture(constant, tmp_path):
-    s = measure(evaluate=(lambda _: 1.0) if constant else loss, pq=[PRODUCT])
-    s.plot(tmp_path / "s.png")
-    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
-    s.plot(tmp_path / "s.svg")
-    drawn = (tmp_path / "s.svg").read_text()
-    for word in (*GROUPS, *s.choices, "only this group quantized", "all but this group quantized"):
-        assert word in drawn
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["s.png", "s.svg"]
-
-
-def test_progress_goes_to_stderr(capsys):
-    measure(progress=True)
-    captured = capsys.readouterr()
-    assert "15/15" in captured.err and captured.out == ""
-    measure()
-    assert capsys.readouterr().err == ""

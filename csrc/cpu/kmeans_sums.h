@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "cpu/vec.h"
 
@@ -100,11 +101,14 @@ struct Sums {
 #endif
 };
 
-// The partial sums of each thread: [threads][k * (d + 1) + 1], the last being the objective.
+// The partial sums of each thread: [threads][k * (d + 1) + 1], the last being the objective. Each thread's begin with a
+// cache line, so that a point's sums are in one where d divides 8.
 class Partials {
   public:
     Partials(int64_t k, int64_t d, int threads) : k_(k), d_(d), threads_(threads) {
-        data_ = static_cast<int64_t*>(calloc(static_cast<size_t>(threads) * size(), sizeof(int64_t)));
+        const size_t bytes = static_cast<size_t>(threads * size()) * sizeof(int64_t);
+        data_ = static_cast<int64_t*>(aligned_alloc(64, bytes));
+        if (data_) memset(data_, 0, bytes);
     }
     Partials(const Partials&) = delete;
     Partials& operator=(const Partials&) = delete;
@@ -126,7 +130,7 @@ class Partials {
     int64_t total_objective() const { return over_threads(k_ * (d_ + 1)); }
 
   private:
-    int64_t size() const { return k_ * (d_ + 1) + 1; }
+    int64_t size() const { return (k_ * (d_ + 1) + 1 + 7) / 8 * 8; }
     int64_t over_threads(int64_t i) const {
         int64_t value = 0;
         for (int t = 0; t < threads_; ++t) add_to(value, data_[t * size() + i]);

@@ -7,9 +7,8 @@
 // that a common offset costs no precision.
 //
 // Per point and codeword: d multiply-adds and a minimum. With VNNI and d <= 16, half as many products of pairs of 16-bit
-// integers (some 14 bits of x and c: the rounding is wider, and one point in ten has more than one codeword to compare).
-// With AMX and d > 16, tile products (bf16 halves: x.c = xh.ch + xl.ch + xh.cl). Per point besides: the distances of 16
-// codewords; with integers their scores, and the distance of one.
+// integers (nearest_pairs.h). With AMX and d > 16, tile products (bf16 halves: x.c = xh.ch + xl.ch + xh.cl). Per point
+// besides: the distances of 16 codewords, with integers of two.
 #pragma once
 
 #include <stdint.h>
@@ -24,7 +23,10 @@ inline namespace QNK_ISA {
 constexpr int kTilePoints = 32;   // points that are looked up together
 constexpr int kBlock = 256;       // codewords of a block: 16 lanes of up to 16
 constexpr int kMaxDimension = 64;
+constexpr int kSample = 64;       // points that tell how long they are
 constexpr float kInfinity = __builtin_inff();
+
+struct BestCouples;
 
 class Codebook {
   public:
@@ -33,8 +35,9 @@ class Codebook {
     Codebook& operator=(const Codebook&) = delete;
     ~Codebook() { free(memory_); }
 
-    // codewords [k, d], which must stay as long as points are looked up; false without memory.
-    bool prepare(const float* codewords, int64_t k, int d);
+    // codewords [k, d], which must stay as long as points are looked up; sample [count, d]: some of the points. false
+    // without memory.
+    bool prepare(const float* codewords, int64_t k, int d, const float* sample, int count);
 
     // codes, distances [count] of points [count, d], count <= kTilePoints. work: work_bytes() aligned to 64.
     // With AMX, inside a Tiles scope.
@@ -63,14 +66,21 @@ class Codebook {
     void compare_groups(const float* x, const float* least, float bound, int32_t* code, float* distance) const;
     void least_over_blocks(const float* least, float* minima) const;
     float rounding(float largest) const;
-    void prepare_pairs();
-    bool pair_nearest(const float* points, int count, void* work, int32_t* codes, float* distances) const;
-    float pair_operands(const float* points, int count, int16_t* x) const;
-    template <int Pairs, int Together>
-    void pair_products(const int32_t* x, int count, float* least) const;
+    template <int D>
+    void scored_nearest(const float* points, int count, void* work, int32_t* codes, float* distances) const;
+    void choose_pair_units(const float* sample, int count);
+    void prepare_pairs(const float* sample, int count);
+    void pair_nearest(const float* points, int count, void* work, int32_t* codes, float* distances) const;
+    void pair_operands(const float* points, int count, int16_t* x) const;
     template <int Pairs>
-    void pair_choose(const float* points, const int32_t* x, int count, const float* least, float tolerance, int32_t* codes,
-                     float* distances) const;
+    void pair_choose(const float* points, int count, void* work, int32_t* codes, float* distances) const;
+    template <int Pairs>
+    float pair_scores(const int32_t* x, float* least) const;
+    void nearer_of(const float* points, int count, const int32_t* couples, int32_t* codes, float* distances) const;
+#if defined(__AVX512VNNI__)
+    template <int Pairs>
+    void best_couples(const __m512i (&x)[2][Pairs], BestCouples* best) const;
+#endif
     void distances_of(const float* points, int count, const int32_t* codes, float* distances) const;
     void distances_of_8(const float* points, int count, const int32_t* codes, float* distances) const;
     void write_tiles(const float* shifted, int64_t row, int lane) const;
@@ -88,12 +98,13 @@ class Codebook {
     float* norms_ = nullptr;     // [rows][16]: half norms in the scale of the tiles, where sums of AMX start
     uint16_t* tiles_ = nullptr;  // [rows][steps][16][32]: bf16 operands of AMX
     // Scores in integers: x in units of 1 / x_unit_, codewords of 1 / c_unit_, pairs of coordinates side by side.
-    float x_unit_ = 0.0f, c_unit_ = 0.0f, pair_error_ = 0.0f, root_reach_ = 0.0f;
-    int32_t* pairs_ = nullptr;             // [rows][(d + 1) / 2][16]
-    int32_t* pair_norms_ = nullptr;        // [rows][16]
-    int32_t* pair_groups_ = nullptr;       // [blocks * 16 lanes][(d + 1) / 2][16]: the same, codewords of a group side by side
-    int32_t* pair_group_norms_ = nullptr;  // [blocks * 16 lanes][16]
-    const float* codewords_ = nullptr;     // [k, d], the caller's
+    float x_unit_ = 0.0f, c_unit_ = 0.0f;  // 0: they are not of use
+    int32_t pair_error_ = 0;            // of the difference of two scores, without the share of x
+    int32_t pair_limit_ = 0;            // of the squared length of x / 8
+    int32_t* pairs_ = nullptr;          // [rows][(d + 1) / 2][16]
+    int32_t* pair_norms_ = nullptr;     // [rows][16]
+    int32_t* couples_ = nullptr;        // [(k + 1) / 2]: norm and pairs of two codewords, and the number of the couple
+    const float* codewords_ = nullptr;  // [k, d], the caller's
 };
 
 #if defined(__AVX512VNNI__)
@@ -101,12 +112,20 @@ constexpr int kPairDimension = 16;  // largest that is scored in pairs
 #else
 constexpr int kPairDimension = 0;
 #endif
-constexpr int32_t kNoCodeword = 0x3fffffff;  // above every score in integers, and no overflow with a product added
-constexpr float kPairReach = 1.5f;  // how much larger than any of a codeword a coordinate of x may be
+constexpr int32_t kNoCodeword = 0x7fffffff;  // above every score in integers
 
 inline int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-inline bool Codebook::prepare(const float* codewords, int64_t k, int d) {
+// sample [kSample, d] <- some of the points [n, d]; returns how many.
+template <typename T>
+inline int sample_of(const T* points, int64_t n, int64_t d, float* sample) {
+    const int count = static_cast<int>(n < kSample ? n : kSample);
+    for (int p = 0; p < count; ++p)
+        for (int64_t j = 0; j < d; ++j) sample[p * d + j] = to_float(points[n * p / count * d + j]);
+    return count;
+}
+
+inline bool Codebook::prepare(const float* codewords, int64_t k, int d, const float* sample, int count) {
     k_ = k, d_ = d, codewords_ = codewords;
     blocks_ = (k + kBlock - 1) / kBlock;
     last_tiles_ = rounded_up((k - (blocks_ - 1) * kBlock + kRow - 1) / kRow, 2);  // tile products go in pairs
@@ -117,7 +136,8 @@ inline bool Codebook::prepare(const float* codewords, int64_t k, int d) {
     const int64_t rows = (blocks_ - 1) * kRow + last_tiles_, groups = blocks_ * kRow;
     const int64_t group_floats = groups * d * kRow, row_floats = rows * (1 + d) * kRow;
     const int64_t norm_floats = in_tiles ? rows * kRow : 0, tile_halves = in_tiles ? rows * steps_ * 512 : 0;
-    const int64_t pair_words = in_pairs ? (rows + groups) * kRow * ((d + 1) / 2 + 1) : 0;
+    const int64_t pairs = (d + 1) / 2, couple_words = (k + 1) / 2 * (2 * (1 + pairs) + 1);
+    const int64_t pair_words = in_pairs ? rows * kRow * (pairs + 1) + couple_words : 0;
     const int64_t bytes = 4 * (group_floats + row_floats + norm_floats + pair_words) + 2 * tile_halves;
     memory_ = aligned_alloc(64, static_cast<size_t>(rounded_up(bytes, 64)));
     if (!memory_) return false;
@@ -126,8 +146,7 @@ inline bool Codebook::prepare(const float* codewords, int64_t k, int d) {
     norms_ = rows_ + row_floats;
     pair_norms_ = reinterpret_cast<int32_t*>(norms_ + norm_floats);
     pairs_ = pair_norms_ + rows * kRow;
-    pair_group_norms_ = pairs_ + rows * kRow * ((d + 1) / 2);
-    pair_groups_ = pair_group_norms_ + groups * kRow;
+    couples_ = pairs_ + rows * kRow * pairs;
     tiles_ = reinterpret_cast<uint16_t*>(pair_norms_ + pair_words);
     for (int64_t i = 0; i < tile_halves; ++i) tiles_[i] = 0;
 
@@ -175,7 +194,7 @@ inline bool Codebook::prepare(const float* codewords, int64_t k, int d) {
                 }
             }
     }
-    if (in_pairs) prepare_pairs();
+    if (in_pairs) prepare_pairs(sample, count);
     return true;
 }
 
@@ -230,11 +249,12 @@ template <int D>
 inline void Codebook::in_group(const float* x, int64_t block, int lane, int32_t* code, float* distance) const {
     alignas(64) float squared[kRow];
     distances_in_group<D>(x, block * kRow + lane, squared);
-    for (int t = 0; t < kRow; ++t)
-        if (squared[t] < *distance) {
-            *distance = squared[t];
-            *code = static_cast<int32_t>(first_of(block, lane)) + t;
-        }
+    Vec lowest = load(squared);
+    for (int v = kLanes; v < kRow; v += kLanes) lowest = min(load(squared + v), lowest);
+    const float least = min_of(lowest);
+    if (!(least < *distance)) return;
+    *distance = least;
+    *code = static_cast<int32_t>(first_of(block, lane)) + __builtin_ctz(at_most(squared, least));
 }
 
 template <int D>
@@ -251,7 +271,14 @@ inline void Codebook::nearest_of(const float* points, int count, void* work, int
         }
         return;
     }
-    if (d <= kPairDimension && pair_nearest(points, count, work, codes, distances)) return;
+    if (x_unit_ > 0.0f) return pair_nearest(points, count, work, codes, distances);
+    scored_nearest<D>(points, count, work, codes, distances);
+}
+
+// The nearest codewords by scores in fp32 or in tiles.
+template <int D>
+inline void Codebook::scored_nearest(const float* points, int count, void* work, int32_t* codes, float* distances) const {
+    const int d = D ? D : d_;
     float* least = static_cast<float*>(work);  // [blocks][points][16]
     float* shifted = least + blocks_ * kTilePoints * kRow;
     float* scratch = shifted + kTilePoints * kMaxDimension;

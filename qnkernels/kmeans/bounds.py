@@ -13,6 +13,7 @@ TOP = 65535
 ROUNDED = 1 + 2**-20  # up, whatever fp32 does
 PATIENCE = 4  # steps with bounds before they must be faster than without
 SAMPLE = 4096  # points that tell what a step costs
+FEW = 64  # and those that tell what a call costs
 
 
 class Steps:
@@ -36,9 +37,10 @@ class Steps:
         if not 0.0 < distance < math.inf:
             return
         groups = _Groups(centroids)
-        fresh = [_Bounds(some, groups, distance) for _ in range(2)]
-        plain = min(_time_of(torch.ops.qnkernels.kmeans_step, some, centroids, 0, 0, 0) for _ in fresh)
-        first = min(_time_of(bounds.step, some, centroids, (0, 0, 0), None) for bounds in fresh)
+        plain = _time_of(lambda points: torch.ops.qnkernels.kmeans_step(points, centroids, 0, 0, 0), some)
+        first = _time_of(
+            lambda points: _Bounds(points, groups, distance).step(points, centroids, (0, 0, 0), None), some
+        )
         if first * _firsts_in(n_iter) < plain * n_iter:
             self._bounds = _Bounds(self._points, groups, distance)
             self._plain_time = plain * len(self._points) / len(some)
@@ -60,14 +62,19 @@ class Steps:
 
 def _firsts_in(n_iter: int) -> float:
     """What n_iter steps with bounds cost in units of the first one, as measured with K = 256 and d = 8."""
-    return 1.0 + sum(max(0.25, 0.7 - 0.08 * step) for step in range(1, n_iter))
+    return 1.0 + sum(max(0.3, 0.8 - 0.09 * step) for step in range(1, n_iter))
 
 
-def _time_of(step: Callable, *arguments) -> float:
-    """In seconds."""
-    begin = time.perf_counter()
-    step(*arguments)
-    return time.perf_counter() - begin
+def _time_of(step: Callable[[torch.Tensor], object], points: torch.Tensor) -> float:
+    """Seconds that a step of the points takes, without what a call on a few of them does."""
+
+    def once(some: torch.Tensor) -> float:
+        begin = time.perf_counter()
+        step(some)
+        return time.perf_counter() - begin
+
+    few, all_points = (min(once(some) for _ in range(2)) for some in (points[:FEW], points))
+    return max(all_points - few, 1e-9)
 
 
 class _Groups:

@@ -17,7 +17,7 @@ SIZES = {
     "d": (1, 2, 3, 4, 7, 8, 9, 16, 33, 64),
     "K": (1, 2, 16, 255, 256, 257, 1000, 4096),
 }
-KINDS = ("plain", "offset", "spread", "lattice")
+KINDS = ("plain", "offset", "spread", "lattice", "far")
 EPS = torch.finfo(torch.float32).eps
 STEP = torch.ops.qnkernels.kmeans_step
 
@@ -41,13 +41,15 @@ def threads():
 
 def draw(n, d, K, kind, generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Points and centroids. offset: all about 1000 from the origin. spread: clusters of radius 1e-4 to 1e2.
-    lattice: small integers, so that many distances are equal.
+    lattice: small integers, so that many distances are equal. far: some points 1000 times as far out.
     """
     if kind == "lattice":
         return tuple(torch.randint(-2, 3, (size, d), generator=generator).float() for size in (n, K))
     points, centroids = (torch.randn(size, d, generator=generator) for size in (n, K))
     if kind == "offset":
         return points + 1000, centroids + 1000
+    if kind == "far":
+        points[5::97] *= 1000
     if kind == "spread":
         n_clusters = min(K, 5)
         centers = 100 * torch.randn(n_clusters, d, generator=generator)

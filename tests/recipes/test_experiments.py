@@ -57,6 +57,7 @@ def test_every_experiment_runs(name, settings):
     study = run(experiment, chosen, Silent())
     summary = study.summary
     assert set(study.done) == set(experiment.jobs) and not study.note
+    assert all(set(study.seconds[job]) == {"3"} for job in experiment.jobs)
     first = next(iter(experiment.metrics))
     for values in summary.rows.values():
         assert math.isfinite(values[first].mean) and values[first].mean > 1
@@ -89,8 +90,8 @@ def test_it_goes_on_where_it_stopped(settings):
     whole = run(experiment, settings(out="other"), Silent())
     assert study.done == whole.done
     watch = Silent()
-    run(experiment, settings(), watch)
-    assert watch.labels == []
+    again = run(experiment, settings(), watch)
+    assert watch.labels == [] and again.seconds == study.seconds
 
 
 def test_more_seeds_may_follow_but_other_settings_may_not(settings):

@@ -105,7 +105,9 @@ template <typename In, typename Out>
 int apply_codewords(const In* weight, Out* out, int64_t n_blocks, int64_t size, const float* codewords, int64_t k,
                     int32_t threshold, const int64_t* seed) {
     Codebook codebook;
-    if (!codebook.prepare(codewords, k, static_cast<int>(size))) return QNK_NO_MEMORY;
+    float sample[kSample * kMaxDimension];
+    const int sampled = sample_of(weight, n_blocks, size, sample);
+    if (!codebook.prepare(codewords, k, static_cast<int>(size), sample, sampled)) return QNK_NO_MEMORY;
     bool no_memory = false;
     parallel_for(n_blocks, kWord, [&](int64_t begin, int64_t end) {
         void* work = aligned_alloc(64, static_cast<size_t>(codebook.work_bytes()));

@@ -24,7 +24,9 @@ constexpr int64_t kRun = 8 * kTilePoints;  // points that are looked up, and the
 template <typename Run>
 int for_runs(const float* points, int64_t n, int64_t d, const float* centroids, int64_t k, const Run& run) {
     Codebook codebook;
-    if (!codebook.prepare(centroids, k, static_cast<int>(d))) return QNK_NO_MEMORY;
+    float sample[kSample * kMaxDimension];
+    const int sampled = sample_of(points, n, d, sample);
+    if (!codebook.prepare(centroids, k, static_cast<int>(d), sample, sampled)) return QNK_NO_MEMORY;
     bool no_memory = false;
     parallel_for(n, kTilePoints, [&](int64_t begin, int64_t end, int thread) {
         void* work = aligned_alloc(64, static_cast<size_t>(codebook.work_bytes()));

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,12 +102,13 @@ class Bench(Laboratory):
 
 @dataclass
 class Study:
-    """The finished jobs of an experiment: rows by job and seed, in the order of the table."""
+    """The finished jobs of an experiment: rows and seconds by job and seed, in the order of the table."""
 
     experiment: Experiment
     settings: dict
     environment: dict
     done: dict[str, dict[str, Rows]] = field(default_factory=dict)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -120,19 +122,20 @@ class Study:
 
     def to_json(self) -> dict:
         parts = {"experiment": self.experiment.name, "settings": self.settings}
-        return {**parts, "environment": self.environment, "runs": self.done, "note": self.note}
+        runs = {"runs": self.done, "seconds": self.seconds}
+        return {**parts, "environment": self.environment, **runs, "note": self.note}
 
     def load(self, path: Path) -> None:
         """Go on from a file of an earlier run; raises ValueError where it is of other settings."""
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             same = saved["experiment"] == self.experiment.name and saved["settings"] == self.settings
-            runs = dict(saved["runs"])
+            runs, seconds = dict(saved["runs"]), dict(saved.get("seconds", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected an experiment's results ({error!r})") from error
         if not same:
             raise ValueError(f"{path}: expected results of these settings; choose another --out for others")
-        self.done = runs
+        self.done, self.seconds = runs, seconds
 
 
 def run(experiment: Experiment, settings: Settings, watcher: Watcher) -> Study:
@@ -157,8 +160,10 @@ def run(experiment: Experiment, settings: Settings, watcher: Watcher) -> Study:
             if str(seed) in study.done.get(job, {}):
                 continue
             bench.label = f"{job}, seed {seed}"
+            start = time.perf_counter()
             rows = experiment.jobs[job](bench, seed)
             study.done.setdefault(job, {})[str(seed)] = rows
+            study.seconds.setdefault(job, {})[str(seed)] = round(time.perf_counter() - start, 1)
             write(study, settings.out)
             first = next(iter(experiment.metrics))
             watcher.said("    " + ", ".join(f"{row} {values[first]:.3f}" for row, values in rows.items()))

@@ -76,13 +76,13 @@ class Codebook {
     void pair_choose(const float* points, int count, void* work, int32_t* codes, float* distances) const;
     template <int Pairs>
     float pair_scores(const int32_t* x, float* least) const;
-    void nearer_of(const float* points, int count, const int32_t* couples, int32_t* codes, float* distances) const;
 #if defined(__AVX512VNNI__)
+    void nearer_of(const float* points, int count, const int32_t* couples, int32_t* codes, float* distances) const;
+    __m512 distances_of(const float* points, int count, __m512i codes) const;
+    void distances_of_8(const float* points, int count, const int32_t* couples, __m512& first, __m512& other) const;
     template <int Pairs>
     void best_couples(const __m512i (&x)[2][Pairs], BestCouples* best) const;
 #endif
-    void distances_of(const float* points, int count, const int32_t* codes, float* distances) const;
-    void distances_of_8(const float* points, int count, const int32_t* codes, float* distances) const;
     void write_tiles(const float* shifted, int64_t row, int lane) const;
     float shifted_points(const float* points, int count, float* shifted) const;
 

@@ -287,35 +287,31 @@ inline float Codebook::pair_scores(const int32_t* x, float* least) const {
 
 // The nearer codeword of a couple for up to 16 points.
 inline void Codebook::nearer_of(const float* points, int count, const int32_t* couples, int32_t* codes, float* distances) const {
-    alignas(64) int32_t others[kRow];
-    alignas(64) float to_others[kRow];
     const __m512i first = _mm512_slli_epi32(_mm512_load_si512(couples), 1);
     const __m512i other = _mm512_min_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(1)), _mm512_set1_epi32(static_cast<int32_t>(k_ - 1)));
-    const __mmask16 lanes = first_lanes(count);
-    _mm512_mask_storeu_epi32(codes, lanes, first);
-    _mm512_store_si512(others, other);
-    if (d_ == 8) {
-        distances_of_8(points, count, codes, distances);
-        distances_of_8(points, count, others, to_others);
+    __m512 from_first, from_other;
+    if (d_ == 8 && k_ % 2 == 0) {
+        distances_of_8(points, count, couples, from_first, from_other);
     } else {
-        distances_of(points, count, codes, distances);
-        distances_of(points, count, others, to_others);
+        from_first = distances_of(points, count, first);
+        from_other = distances_of(points, count, other);
     }
-    const __m512 from_other = _mm512_load_ps(to_others);
-    const __mmask16 nearer = _mm512_mask_cmp_ps_mask(lanes, from_other, _mm512_maskz_loadu_ps(lanes, distances), _CMP_LT_OQ);
-    _mm512_mask_storeu_epi32(codes, nearer, other);
-    _mm512_mask_storeu_ps(distances, nearer, from_other);
+    const __mmask16 lanes = first_lanes(count), nearer = _mm512_cmp_ps_mask(from_other, from_first, _CMP_LT_OQ);
+    _mm512_mask_storeu_epi32(codes, lanes, _mm512_mask_mov_epi32(first, nearer, other));
+    _mm512_mask_storeu_ps(distances, lanes, _mm512_mask_mov_ps(from_first, nearer, from_other));
 }
 
-// distances [count] <- squared distances of up to 16 points to their codewords, summed in the order of
-// distances_in_group: the dimensions in turn, the points side by side.
-inline void Codebook::distances_of(const float* points, int count, const int32_t* codes, float* distances) const {
+// Squared distances of up to 16 points to their codewords, summed in the order of distances_in_group: the dimensions in
+// turn, the points side by side.
+inline __m512 Codebook::distances_of(const float* points, int count, __m512i codes) const {
+    alignas(64) int32_t rows[kRow];
+    _mm512_store_si512(rows, codes);
     __m512 sum = _mm512_setzero_ps();
     for (int j = 0; j < d_; j += 4) {
         const __mmask8 lanes = static_cast<__mmask8>(first_lanes(d_ - j < 4 ? d_ - j : 4));
         const auto difference = [&](int p) {
             p = p < count ? p : 0;
-            const __m128 c = _mm_maskz_loadu_ps(lanes, codewords_ + codes[p] * static_cast<int64_t>(d_) + j);
+            const __m128 c = _mm_maskz_loadu_ps(lanes, codewords_ + rows[p] * static_cast<int64_t>(d_) + j);
             return _mm_sub_ps(c, _mm_maskz_loadu_ps(lanes, points + p * d_ + j));
         };
         __m512 quads[4];
@@ -327,33 +323,30 @@ inline void Codebook::distances_of(const float* points, int count, const int32_t
         transpose_quads(quads);
         for (int i = 0; i < 4; ++i) sum = _mm512_fmadd_ps(quads[i], quads[i], sum);  // past d: adds 0
     }
-    _mm512_mask_storeu_ps(distances, first_lanes(count), sum);
+    return sum;
 }
 
-// The same for d = 8, a vector holding two points.
-inline void Codebook::distances_of_8(const float* points, int count, const int32_t* codes, float* distances) const {
-    const auto together = [](const float* first, const float* second) {
-        return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(first)), _mm256_loadu_ps(second), 1);
-    };
-    __m512 quads[2][4];
-    for (int half = 0; half < 2; ++half)
-        for (int q = 0; q < 4; ++q) {
-            const int a = 8 * half + q < count ? 8 * half + q : 0, b = 8 * half + q + 4 < count ? 8 * half + q + 4 : 0;
-            const __m512 c = together(codewords_ + codes[a] * int64_t{8}, codewords_ + codes[b] * int64_t{8});
-            quads[half][q] = _mm512_sub_ps(c, together(points + 8 * a, points + 8 * b));
+// The same to both codewords of couples, for d = 8, where one vector holds a couple.
+inline void Codebook::distances_of_8(const float* points, int count, const int32_t* couples, __m512& first, __m512& other) const {
+    __m512 quads[4][4];  // [four points][dimension]: their columns j of the one codeword, then j + 4, then of the other
+    for (int l = 0; l < 4; ++l) {
+        for (int i = 0; i < 4; ++i) {
+            const int p = 4 * l + i < count ? 4 * l + i : 0;
+            const __m512 point = _mm512_broadcast_f32x8(_mm256_loadu_ps(points + 8 * p));
+            quads[l][i] = _mm512_sub_ps(_mm512_loadu_ps(codewords_ + couples[p] * int64_t{16}), point);
         }
-    transpose_quads(quads[0]);
-    transpose_quads(quads[1]);
-    __m512 sum = _mm512_setzero_ps();
-    for (int i = 0; i < 4; ++i) {
-        const __m512 column = _mm512_shuffle_f32x4(quads[0][i], quads[1][i], 0x88);
-        sum = _mm512_fmadd_ps(column, column, sum);
+        transpose_quads(quads[l]);
     }
-    for (int i = 0; i < 4; ++i) {
-        const __m512 column = _mm512_shuffle_f32x4(quads[0][i], quads[1][i], 0xdd);
-        sum = _mm512_fmadd_ps(column, column, sum);
-    }
-    _mm512_mask_storeu_ps(distances, first_lanes(count), sum);
+    first = other = _mm512_setzero_ps();
+    const auto add = [&](__m512 low, __m512 high) {
+        const __m512 of_first = _mm512_shuffle_f32x4(low, high, 0x88), of_other = _mm512_shuffle_f32x4(low, high, 0xdd);
+        first = _mm512_fmadd_ps(of_first, of_first, first);
+        other = _mm512_fmadd_ps(of_other, of_other, other);
+    };
+    for (int j = 0; j < 4; ++j)
+        add(_mm512_shuffle_f32x4(quads[0][j], quads[1][j], 0x88), _mm512_shuffle_f32x4(quads[2][j], quads[3][j], 0x88));
+    for (int j = 0; j < 4; ++j)
+        add(_mm512_shuffle_f32x4(quads[0][j], quads[1][j], 0xdd), _mm512_shuffle_f32x4(quads[2][j], quads[3][j], 0xdd));
 }
 #else
 inline void Codebook::prepare_pairs(const float*, int) {}

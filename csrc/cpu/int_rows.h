@@ -55,7 +55,7 @@ inline Vec joined(const Part& part) {
 class RowProduct {
   public:
     // Of activations, and one of ones where they have zero points. (With tile instructions more are slower than tiles.)
-    static constexpr int kMostRows = kHasTiles ? 6 : 13;
+    static constexpr int kMostRows = kHasTiles ? 6 : 33;
     static constexpr int64_t kAhead = kHasTiles ? 0 : 4;  // rows of the weight that are asked for before
     static constexpr int most_at_once(int bits) { return bits == 8 ? 6 : 4; }  // whose sums and factors fit the registers
 
@@ -220,8 +220,8 @@ class GroupedRowProduct {
                 for (int64_t step = 0; step < segments[i].steps; ++step)
                     sums.add(_mm512_set1_epi8(1), Parts::of(x.row(t) + (segments[i].step + step) * 64, apart()));
                 for (int z = 0; z < zeros_; ++z) {
-                    const __m512i zero = _mm512_set1_epi32(w.zero ? z : w.zero_point(0, 0));
-                    _mm512_store_si512(shifts(t) + (i * zeros_ + z) * 16, _mm512_mullo_epi32(sums.whole(), zero));
+                    const __m512i factor = _mm512_set1_epi32(w.zero ? -z : -w.zero_point(0, 0));
+                    _mm512_store_si512(shifts(t) + (i * zeros_ + z) * 16, _mm512_mullo_epi32(sums.whole(), factor));
                 }
             }
     }
@@ -240,16 +240,26 @@ class GroupedRowProduct {
             const int64_t count = end - o < 16 ? end - o : 16;
             const Mask rows = first_lanes(static_cast<int>(count));
             const Vec shift{bias ? _mm512_maskz_loadu_ps(rows, bias + o) : _mm512_setzero_ps()};
-            Vec total[16] = {};
-            for (int64_t t = 0; t < x_.tokens(); ++t) {
-                for (int64_t r = 0; r < count; r += 4) four(o + r, count - r, t, total + r);
-                Vec value = sums_of(total) * splat(x_.scale()[t]);
-                if (bias) value = value + shift;
-                T* to = y + t * w_.n + o;
-                if (count == 16)
-                    store(to, value);
-                else
-                    store_first(to, value, static_cast<int>(count));
+            Vec total[2][16] = {};
+            for (int64_t t = 0; t < x_.tokens(); t += 2) {
+                const int64_t tokens = x_.tokens() - t < 2 ? 1 : 2;
+                for (int64_t r = 0; r < count; r += 4) {
+                    if (w_.group_size() != 128 || count - r < 4)
+                        for (int64_t i = 0; i < tokens; ++i) four(o + r, count - r, t + i, total[i] + r);
+                    else if (tokens == 1)
+                        four_of_128<1>(o + r, t, total[0] + r);
+                    else
+                        four_of_128<2>(o + r, t, total[0] + r);
+                }
+                for (int64_t i = 0; i < tokens; ++i) {
+                    Vec value = sums_of(total[i]) * splat(x_.scale()[t + i]);
+                    if (bias) value = value + shift;
+                    T* to = y + (t + i) * w_.n + o;
+                    if (count == 16)
+                        store(to, value);
+                    else
+                        store_first(to, value, static_cast<int>(count));
+                }
             }
         }
     }
@@ -303,8 +313,50 @@ class GroupedRowProduct {
     };
 
     static Vec scaled(const Parts& sums, const Row& row, const int32_t* shifts, int64_t g, int64_t next_zero, Vec total) {
-        const __m512i sum = _mm512_sub_epi32(sums.whole(), load_int(shifts + row.zero[g * next_zero] * 16));
+        const __m512i sum = _mm512_add_epi32(sums.whole(), load_int(shifts + row.zero[g * next_zero] * 16));
         return fma(to_vec(sum), splat(row.scale[g]), total);
+    }
+
+    // total [Tokens][16 apart]: tokens from t on, rows o to o + 4 of the weight, in groups of 128 columns, that is 64 bytes.
+    // Sums start at what zero points take off. (What is read lies at strides, few addresses that fit the registers.)
+    template <int Tokens>
+    __attribute__((noinline)) void four_of_128(int64_t o, int64_t t, Vec* total) const {
+        const int64_t groups = w_.groups, row_bytes = w_.row_bytes(), apart = this->apart(), next = x_.apart();
+        const int64_t next_zero = w_.zero ? 1 : 0, next_shifts = zeros_ * 16, next_token = groups * next_shifts;
+        const uint8_t *codes = w_.row(o), none[4] = {}, *zero = w_.zero ? w_.zero + o * groups : none;
+        const int64_t zeros_apart = w_.zero ? groups : 1;
+        const float* scale = w_.scale + o * groups;
+        const int8_t* x = x_.row(t);
+        const int32_t* x_shifts = shifts(t);
+        const __m512i nibble = _mm512_set1_epi8(15);
+        Vec sums[Tokens][4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 2
+            for (int i = 0; i < Tokens; ++i) sums[i][r] = splat(0.0f);
+        for (int64_t g = 0; g < groups; ++g, codes += 64, x += 128, x_shifts += next_shifts, ++scale, zero += next_zero) {
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) {
+                const uint8_t* row = codes + r * row_bytes;
+                _mm_prefetch(reinterpret_cast<const char*>(row + 4 * row_bytes), _MM_HINT_T0);
+                const __m512i bytes = _mm512_loadu_si512(row);
+                const __m512i even = _mm512_and_si512(bytes, nibble), odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+                const int64_t shift = zero[r * zeros_apart] * int64_t{16};
+                const Vec factor = splat(scale[r * groups]);
+#pragma GCC unroll 2
+                for (int i = 0; i < Tokens; ++i) {
+                    Parts parts = Parts::zero();
+                    parts.last = _mm512_load_si512(x_shifts + i * next_token + shift);
+                    parts.add(even, Parts::of(x + i * next, apart));
+                    parts.add(odd, Parts::of(x + i * next + 64, apart));
+                    sums[i][r] = fma(to_vec(parts.whole()), factor, sums[i][r]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 2
+            for (int i = 0; i < Tokens; ++i) total[i * 16 + r] = sums[i][r];
     }
 
     // total [4]: token t, rows o to o + 4 of the weight, of which `count` exist, in lanes. (What the loop reads is in locals:
@@ -359,7 +411,7 @@ class GroupedRowProduct {
     const Segments& segments_;
     const Activations& x_;
     int64_t zeros_;
-    Buffer<int32_t> shifts_;  // [tokens][groups][zero points][16 lanes]: a zero point times the sums of the activations
+    Buffer<int32_t> shifts_;  // [tokens][groups][zero points][16 lanes]: minus a zero point times the sums of activations
 };
 
 #endif

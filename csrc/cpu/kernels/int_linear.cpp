@@ -70,7 +70,7 @@ int multiply(const T* x, const Packed& w, Quantization how, const float* bias, T
     if constexpr (std::is_same_v<T, bf16>) {
         if (grouped && even_rows(x, m, w.k)) how.bytes = 2;
     }
-    Activations activations(w, segments, how, 16);
+    Activations activations(w, segments, how, (m + 15) / 16 * 16);
     if (!activations) return QNK_NO_MEMORY;
     representable = activations.quantize(x, m);
     if (!representable) return QNK_OK;

@@ -265,7 +265,7 @@ class GroupedRowProduct {
     }
 
   private:
-    static constexpr int64_t kMostTokens = 6;
+    static constexpr int64_t kMostTokens = 12;
 
     int64_t apart() const { return x_.tokens() * x_.apart(); }  // of the bytes of a token
     int32_t* shifts(int64_t t) const { return shifts_.get() + t * segments_.count() * zeros_ * 16; }

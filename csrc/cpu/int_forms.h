@@ -228,19 +228,29 @@ class Bf16Form {
         const int64_t groups = w_.groups;
         const float *sums = reinterpret_cast<const float*>(work.products), *scale = w_.scale + o * groups + segments_[i].group;
         const auto value = [&](int64_t r, int64_t t) { return load(sums + r * apart + t) * splat(scale[r * groups]); };
-        // (the instruction takes denormals for zero, as the products have)
-        const auto put = [](T* to, Vec low, Vec high) {
-#if defined(__AVX512BF16__)
-            _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
-#else
-            store(to, low);
-            store(to + 16, high);
-#endif
-        };
-        finish_rows(w_, tokens_, i == 0, i + 1 == segments_.count(), nullptr, bias, y, o, end, work.totals, value, put);
+        finish_rows(w_, tokens_, i == 0, i + 1 == segments_.count(), nullptr, bias, y, o, end, work.totals, value, put<T>);
+    }
+
+    // y from totals that are whole.
+    template <typename T>
+    void finish_totals(const float* bias, T* y, int64_t o, int64_t end, const Sums& work) const {
+        const int64_t apart = (tokens_ + 15) / 16 * 16;
+        const auto value = [&](int64_t r, int64_t t) { return load(work.totals + r * apart + t); };
+        finish_rows(w_, tokens_, true, true, nullptr, bias, y, o, end, work.totals, value, put<T>);
     }
 
   private:
+    // (The instruction takes denormals for zero, as the products have.)
+    template <typename T>
+    static void put(T* to, Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+#else
+        store(to, low);
+        store(to + 16, high);
+#endif
+    }
+
     // Codes less a zero point, in bf16: exact, as integers of 8 bits and sign.
     template <int Bits>
     class Row;
@@ -279,8 +289,8 @@ class Bf16Form::Row<4> {
   public:
     explicit Row(int zero) {
         const __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        odd_ = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(zero))));
-        even_ = _mm512_srli_epi32(odd_, 16);
+        const __m512i values = _mm512_sub_epi32(codes, _mm512_set1_epi32(zero));
+        values_ = to_bf16(values, values);
     }
 
     __m512i decode(const uint8_t* from) const { return decode(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
@@ -289,14 +299,15 @@ class Bf16Form::Row<4> {
     }
 
   private:
-    // A byte of codes becomes a pair of bf16, each from a table of 16.
+    // Each lane of 16 bits gets its code in its low four bits, all but one of those that a permutation looks at.
     __m512i decode(__m128i codes) const {
-        const __m512i pairs = _mm512_cvtepu8_epi32(codes);
-        return _mm512_or_si512(_mm512_permutexvar_epi32(pairs, even_),
-                               _mm512_permutexvar_epi32(_mm512_srli_epi32(pairs, 4), odd_));
+        const __m512i at = _mm512_setr_epi64(0x000c000800040000, 0x001c001800140010, 0x002c002800240020, 0x003c003800340030,
+                                             0x000c000800040000, 0x001c001800140010, 0x002c002800240020, 0x003c003800340030);
+        const __m512i halves = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1), _mm512_castsi128_si512(codes));
+        return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(at, halves), values_);
     }
 
-    __m512i even_, odd_;
+    __m512i values_;  // of codes 0 to 15, twice over
 };
 
 #endif

@@ -18,6 +18,13 @@ struct Ahead {
     int shift;
 };
 
+// Where sums of a whole segment are scaled and added to totals as they leave the registers.
+struct Scaling {
+    const float* scale;  // of the first row, those of others `apart`; null: they are stored as they are
+    int64_t apart, rows;
+    bool first;  // segment of a row
+};
+
 #if defined(__AMX_INT8__)
 // A zeroed tile would be three times as slow in a product as one that was loaded.
 alignas(64) inline const int32_t kZeros[16] = {};
@@ -36,7 +43,7 @@ alignas(64) inline const int32_t kZeros[16] = {};
 // A tile that is loaded anew waits for the product that reads it: each load has a product or two to hide behind.
 template <typename Form, int Tiles, typename Feed>
 inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
-                         Feed& feed) {
+                         Feed& feed, const Scaling&) {
     const int64_t stride = first ? 0 : apart * 4, second = first ? 0 : 16 * apart;
     const int32_t* from = first ? kZeros : c;
     _tile_loadd(0, a, 64);
@@ -127,7 +134,7 @@ inline void direct_product(const uint8_t* a, int64_t row_bytes, const uint8_t* b
         _tile_stored(7, c + 16 * apart + 32, apart * 4);
     }
 }
-constexpr bool kDirect = true;
+constexpr bool kDirect = true, kScales = false;
 #else
 // total + the sums of two products each of bf16, in fp32.
 __attribute__((always_inline)) inline __m512i bf16_products(__m512i total, __m512i codes, __m512i x) {
@@ -135,11 +142,11 @@ __attribute__((always_inline)) inline __m512i bf16_products(__m512i total, __m51
     return total;
 }
 
-// c [Rows, `apart`] (+)= products of Rows rows of a 64 bytes apart, of each step 2 tiles. (Not inlined: beside other code
-// the compiler stores sums that would fit the registers.)
+// c [Rows, `apart`] (+)= products of Rows rows of a 64 bytes apart, of each step 2 tiles; with scales c holds totals in
+// fp32. (Not inlined: beside other code the compiler stores sums that would fit the registers.)
 template <typename Form, int Rows, int Tiles>
 __attribute__((noinline)) void row_products(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps,
-                                            bool first, Ahead ahead) {
+                                            bool first, Ahead ahead, Scaling scaling) {
     __m512i total[Rows][Tiles];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
@@ -165,6 +172,19 @@ __attribute__((noinline)) void row_products(const uint8_t* a, const uint8_t* b, 
             }
         }
     }
+    if (scaling.scale) {
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) {
+            const Vec scale = splat(scaling.scale[(r < scaling.rows ? r : 0) * scaling.apart]);
+#pragma GCC unroll 2
+            for (int i = 0; i < Tiles; ++i) {
+                float* to = reinterpret_cast<float*>(c + r * apart + 16 * i);
+                const Vec value{_mm512_castsi512_ps(total[r][i])};
+                store(to, scaling.first ? value * scale : fma(value, scale, load(to)));
+            }
+        }
+        return;
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
@@ -173,16 +193,20 @@ __attribute__((noinline)) void row_products(const uint8_t* a, const uint8_t* b, 
 
 template <typename Form, int Tiles, typename Feed>
 inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
-                         Feed& feed) {
+                         Feed& feed, Scaling scaling) {
     constexpr int kRows = 16 / Tiles;
     for (int64_t step = 0; step < steps; ++step) feed.step();
     Ahead ahead = feed.ahead();
-    for (int row = 0; row < 32; row += kRows, ahead.from += kRows * ahead.row_bytes)
-        row_products<Form, kRows, Tiles>(a + row / 16 * kTileBytes + row % 16 * 64, b, c + row * apart, apart, steps, first, ahead);
+    for (int row = 0; row < 32 && (!scaling.scale || scaling.rows > 0); row += kRows) {
+        row_products<Form, kRows, Tiles>(a + row / 16 * kTileBytes + row % 16 * 64, b, c + row * apart, apart, steps, first, ahead,
+                                         scaling);
+        ahead.from += kRows * ahead.row_bytes;
+        if (scaling.scale) scaling.scale += kRows * scaling.apart, scaling.rows -= kRows;
+    }
 }
 template <int Tiles>
 inline void direct_product(const uint8_t*, int64_t, const uint8_t*, const uint8_t*, int32_t*, int64_t, int64_t) {}
-constexpr bool kDirect = false;
+constexpr bool kDirect = false, kScales = true;
 #endif
 
 #endif

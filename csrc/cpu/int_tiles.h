@@ -225,18 +225,23 @@ class IntTileProduct {
             for (int64_t k = 0; k < now.segments; ++k) {
                 const Segment& s = segments_[now.i + k];
                 const int64_t steps = now.segments > 1 ? form.steps(s) : now.steps;
+                const Scaling scaling = scaling_of(form, now.o, now.i + k, end);
+                const int64_t apart = scaling.scale ? tiles * 16 : apart_;
                 for (int64_t pair = 0; pair * 2 < tiles; ++pair) {
                     const uint8_t* b = packed + place(form, s, now.step, pair, tiles);
-                    int32_t* c = work.products + pair * 32;
+                    int32_t* c = (scaling.scale ? reinterpret_cast<int32_t*>(work.totals) : work.products) + pair * 32;
                     feed.line = pair == 0 ? done : -1;
                     if (tiles - 2 * pair > 1)
-                        tile_product<Form, 2>(codes, b, c, apart_, steps, now.step == 0, feed);
+                        tile_product<Form, 2>(codes, b, c, apart, steps, now.step == 0, feed, scaling);
                     else
-                        tile_product<Form, 1>(codes, b, c, apart_, steps, now.step == 0, feed);
+                        tile_product<Form, 1>(codes, b, c, apart, steps, now.step == 0, feed, scaling);
                 }
                 codes += steps * 2 * kTileBytes;
                 done += steps;
-                if (now.step + steps == form.steps(s)) {
+                if (scaling.scale) {
+                    if constexpr (!Form::kBytes)
+                        if (now.i + k + 1 == segments_.count()) form.finish_totals(bias, y, now.o, end, work);
+                } else if (now.step + steps == form.steps(s)) {
                     work.of_codes = code_sums[now.turn][k];
                     form.finish(now.i + k, bias, y, now.o, end, apart_, work);
                 }
@@ -247,6 +252,12 @@ class IntTileProduct {
             next = later;
             more = further;
         }
+    }
+
+    // How sums of segment i of rows from o on are scaled at once, where there are several and each is within a chunk.
+    Scaling scaling_of(const Form& form, int64_t o, int64_t i, int64_t end) const {
+        if (Form::kBytes || !kScales || segments_.count() == 1 || form.steps(segments_[i]) > chunk_) return {};
+        return {w_.scale + o * w_.groups + segments_[i].group, w_.groups, end - o, i == 0};
     }
 
     // y of 32 rows of 8-bit codes from o on, in one segment.

@@ -81,7 +81,7 @@ class IntTileProduct {
     static constexpr int64_t kSteps = 8;         // of a chunk
     static constexpr int64_t kWholeRow = 24;     // steps of a row that is one chunk: its sums need not be stored in between
     static constexpr int64_t kMostRows = 256;    // of activations in a block
-    static constexpr int64_t kCache = 1 << 20;   // bytes of them
+    static constexpr int64_t kCache = kHasTiles ? 1 << 20 : 1 << 21;  // bytes of them
     static constexpr int64_t kDirectRows = 48;   // three tiles
     // Up to so many threads pack tiles each for itself: half of what another one packed lies in the other's cache.
     static constexpr int kOwnThreads = 4;

@@ -11,30 +11,35 @@ Prediction, 2 cores: 5 to 6 ms a step with the minimum beside the multiply-adds,
 scikit-learn 77 and torch 340: 4 to 5x faiss. Past that lies only what needs fewer fp32 multiply-adds: tiles
 of AMX, or bounds. A search of 15 steps costs 15 of them; other n and K as many per pair.
 
-Measured, 2 cores: a step 4.3 ms, 0.85x the matrix product, and a search 4.8 ms a step where faiss takes
-19.1 to 22.1 and scikit-learn 57: 3.7 to 4.7x faiss over several runs, short of 5x. Half of the time goes
-into scores in pairs of 16-bit integers, near the rate of their instruction; a third into the distances of
-the best group of 16. Tried on the scores, per point on one core: fp32 multiply-adds 47 ns in all, tiles of
-AMX (bf16 halves) 33 ns, pairs of 16-bit integers 23 ns. A tile that is zeroed and not loaded costs AMX
-three times as much per product.
-Without AMX (Zen 4, where a vector is two halves: 64 cycles of integer products a point at least) the best
-group of 16 is scored again in integers, and only one distance a point is taken, 16 points side by side: a
-step 7.0 -> 5.3 ms (least of interleaved runs), a search 3.2x faiss there.
+Measured with AVX-512 and no AMX (AMD Zen 5, 2 cores): a step 2.2 ms, 0.28x the matrix product, a search
+38.1 ms where faiss takes 285, 7.5x; in a process of its own, where it has fewer page faults, faiss takes
+195 to 200, 5.2 to 5.4x ours there. Others, beside faiss: d = 4 33 ms (270), d = 16 76 (343), K = 16 14
+(267), 100,000 points 14 (94); in 5 steps K = 1024 37 (132), 1,000,000 points 42 (328); in 2 K = 4096 58
+(120), 10,000,000 points 183 (1520). The floor of the products of pairs of 16-bit integers is 1.2 ms a step;
+their loop reaches 84 % of the rate of that instruction. What gave it, ns a point on one core, a step
+without its sums: scores with codewords side by side and then those of the best 16 again 17.4; points side
+by side, codewords in couples whose number is in the low bits of a score, 13.1; units that fit a sample of
+the points 12.7 (of d = 16, where whole tiles were too far out for the integers, a step 4.9 to 7.2 -> 4.6
+ms); both codewords of a couple in one vector 11.6. Sums in whole cache lines 2.0 -> 1.3 beside that. Bounds
+(below) do not pay here: their first step takes 8.3 ms, the fifteenth 2.5; from K = 1024 on they come close.
+With AMX, before that: a step 4.3 ms, 0.85x the matrix product, and a search 4.8 ms a step where faiss takes
+19.1 to 22.1 and scikit-learn 57: 3.7 to 4.7x faiss over several runs. Tried there on the scores, per point
+on one core: fp32 multiply-adds 47 ns in all, tiles of AMX (bf16 halves) 33 ns, pairs of 16-bit integers 23
+ns. A tile that is zeroed and not loaded costs AMX three times as much per product.
 
-Since then a search keeps bounds on the distances from step to step (csrc/cpu/nearest_bounds.h), where a
-sample of its points says that they pay: measured with AVX2 alone (Zen, 2.5 GHz, 2 cores), not yet with
-AVX-512 or AMX. 15 steps 227 ms, 2.7x and 3.1x faiss in two runs (605 and 710) and short of 5x; 25 steps
-300, 3.3x; without bounds 15 steps 501; scikit-learn 1570, the product 498. Of 16 groups of 16 centroids a
-point looks at all in the first step, at a third in each of the next three and at a tenth in the last: 256,
-180, 155, 119, 100, 78 ... 52 ns on one core, where a step without bounds takes 209. Half of that is the
-scores of the groups, at 10.8 ns a look near the rate of multiply-adds, a fifth their points brought
-together, an eighth distances where the nearest changes. Tried: lists of points made without a branch 10.2
--> 8.6 ms a late step of 147,456 points; groups of 8 the same time; a first step that finds its own codes
-instead of a plain one before it 1660 -> 1420 ns in all. Groups by their principal axis or by k-means 3 to 8
-% fewer looks, in simulation. With one bound for all centroids 39 % of the points could skip the scores, but
-no other could skip any. Others, beside faiss: d = 4 144 ms (421), d = 16 411 (858), 100,000 points 93
-(205), K = 16 without bounds 86 (280); in 5 steps K = 1024 318 (567), 1,000,000 points 419 (691). The
-sample, 4096 points, costs 2 % of 15 steps.
+A search keeps bounds on the distances from step to step (csrc/cpu/nearest_bounds.h), where a sample of its
+points says that they pay. With AVX2 alone (Zen, 2.5 GHz, 2 cores): 15 steps 227 ms, 2.7x and 3.1x faiss in
+two runs (605 and 710) and short of 5x; 25 steps 300, 3.3x; without bounds 15 steps 501; scikit-learn 1570,
+the product 498. Of 16 groups of 16 centroids a point looks at all in the first step, at a third in each of
+the next three and at a tenth in the last: 256, 180, 155, 119, 100, 78 ... 52 ns on one core, where a step
+without bounds takes 209. Half of that is the scores of the groups, at 10.8 ns a look near the rate of
+multiply-adds, a fifth their points brought together, an eighth distances where the nearest changes. Tried:
+lists of points made without a branch 10.2 -> 8.6 ms a late step of 147,456 points; groups of 8 the same
+time; a first step that finds its own codes instead of a plain one before it 1660 -> 1420 ns in all. Groups
+by their principal axis or by k-means 3 to 8 % fewer looks, in simulation. With one bound for all centroids
+39 % of the points could skip the scores, but no other could skip any. Others, beside faiss: d = 4 144 ms
+(421), d = 16 411 (858), 100,000 points 93 (205), K = 16 without bounds 86 (280); in 5 steps K = 1024 318
+(567), 1,000,000 points 419 (691). The sample, 4096 points, costs 2 % of 15 steps.
 
 Measured on an H200 (a step, us, by ours in CUDA C++ / in Triton / torch / the matrix product; 12 rounds):
 2,097,152 points of d = 8 in K = 256 326 / 598 / 2530 / 960, K = 1024 556 / 1920 / 6560 / 3170, K = 4096

@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     for mode, text in (
         ("quick", "the main shapes only, few rounds"),
-        ("brief", "all shapes, few rounds, torch.compile at the main shapes only"),
+        ("brief", "all shapes, few rounds, torch.compile and the reference at the main shapes only"),
     ):
         group.addoption(
             f"--{mode}", dest="bench_mode", action="store_const", const=mode, default="full", help=text

@@ -9,7 +9,7 @@ process, and writes bench/results/<gpu>/ at its end: one CSV and picture per sui
 tests) and summary.md. Last, it writes which backend serves which op from now on (bench/dispatch.py), unless
 --no-dispatch is given. Failures are listed last and make the exit code 1; without a GPU it is 2.
 
---brief does the same with few rounds, and with torch.compile at the main shapes only.
+--brief does the same with few rounds, and with torch.compile and the reference at the main shapes only.
 --quick takes under 3 minutes once the libraries are built: the main shapes, few rounds, no memory check. What
 does not fit, because kernels compile for long, is left out and named; a table of a longer run is not
 replaced, and no backend is chosen from so few figures.

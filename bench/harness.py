@@ -71,7 +71,7 @@ class Budget:
 MIN_ROUNDS = 5
 FULL = {"cpu": Budget(60, 0.01, 2.0), "cuda": Budget(60, 0.002, 1.0)}
 QUICK = {"cpu": Budget(15, 0.005, 0.5), "cuda": Budget(20, 0.001, 0.2)}
-# brief: every case, few rounds, torch.compile only in the cases of a quick run
+# brief: every case, few rounds; torch.compile and the reference only in the cases of a quick run
 BUDGETS = {"full": FULL, "brief": QUICK, "quick": QUICK}
 
 
@@ -147,11 +147,11 @@ def chosen(cases: Iterable[Case], device_type: str, mode: str) -> list[Case]:
     found = [case for case in cases if device_type in case.devices and (case.quick or mode != "quick")]
     if mode == "full":
         return found
-    return [case if case.quick else replace(case, contenders=partial(_uncompiled, case)) for case in found]
+    return [case if case.quick else replace(case, contenders=partial(_fast_ones, case)) for case in found]
 
 
-def _uncompiled(case: Case, device_type: str) -> list[Contender]:
-    return [one for one in case.contenders(device_type) if not one.is_compiled]
+def _fast_ones(case: Case, device_type: str) -> list[Contender]:
+    return [one for one in case.contenders(device_type) if not one.is_compiled and one.role != "reference"]
 
 
 def warm(case: Case, device: torch.device) -> None:

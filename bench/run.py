@@ -1,8 +1,8 @@
 """Run benchmarks and write bench/results/<device>/<op>.csv: `python bench/run.py [op ...] [--brief]`.
 
 Each suite runs in a process of its own under pytest-benchmark. A brief run has all shapes in few rounds, and
-torch.compile at the main shapes only. A quick run has the main shapes only and is shown only, unless --out
-says where to keep it.
+torch.compile and the reference at the main shapes only. A quick run has the main shapes only and is shown
+only, unless --out says where to keep it.
 """
 
 import argparse
@@ -121,7 +121,8 @@ def busy_warning() -> str:
 def add_modes(parser: argparse.ArgumentParser) -> None:
     """--quick and --brief, as `mode`."""
     group = parser.add_mutually_exclusive_group()
-    for mode, text in (("quick", "the main shapes"), ("brief", "torch.compile at the main shapes only")):
+    slow = "torch.compile and the reference at the main shapes only"
+    for mode, text in (("quick", "the main shapes"), ("brief", slow)):
         group.add_argument(
             f"--{mode}", dest="mode", action="store_const", const=mode, help=f"few rounds, {text}"
         )

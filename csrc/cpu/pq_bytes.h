@@ -20,6 +20,7 @@ constexpr float kTolerance = 7e-5f;  // relative to the spread of y
 constexpr int kSegment = 64;         // blocks that share a step; sums of as many bytes fit 16 bits
 constexpr int kEntries = 256;        // of a table, padded
 constexpr int kAhead = 8;            // blocks between a prefetch and its use
+constexpr int kStrip = 2048;         // outputs that meet the tables of a segment one after another
 
 struct ByteTables {
     const ProductQuantized& w;
@@ -35,6 +36,17 @@ struct ByteTables {
 
     // Tables of one segment; products: room for [kSegment][256], zeros past k.
     void build(const float* x, int64_t segment, float* products) const {
+        switch (w.d) {
+            case 4: return build_of<4>(x, segment, products);
+            case 8: return build_of<8>(x, segment, products);
+            case 16: return build_of<16>(x, segment, products);
+            default: return build_of<0>(x, segment, products);
+        }
+    }
+
+    template <int D>
+    void build_of(const float* x, int64_t segment, float* products) const {
+        const int d = D ? D : w.d;
         const int vectors = static_cast<int>((w.k + 15) / 16);
         const __mmask16 tail = first_lanes(static_cast<int>(w.k - 16 * (vectors - 1)));
         const float count = static_cast<float>(w.k);
@@ -43,12 +55,13 @@ struct ByteTables {
         for (int64_t b = begin; b < end; ++b) {
             float* to = products + (b - begin) * kEntries;
             __m512 least = _mm512_set1_ps(__builtin_inff()), most = _mm512_set1_ps(-__builtin_inff());
-            __m512 total = _mm512_setzero_ps(), squares = total;
+            __m512 total = _mm512_setzero_ps(), squares = total, value[D ? D : 1];
+            for (int j = 0; j < D; ++j) value[j] = _mm512_set1_ps(x[b * d + j]);
             for (int v = 0; v < vectors; ++v) {
                 __m512 sum = _mm512_setzero_ps();
-                for (int j = 0; j < w.d; ++j)
-                    sum = _mm512_fmadd_ps(_mm512_set1_ps(x[b * w.d + j]), _mm512_load_ps(codewords + j * kEntries + v * 16),
-                                          sum);
+                for (int j = 0; j < d; ++j)
+                    sum = _mm512_fmadd_ps(D ? value[j] : _mm512_set1_ps(x[b * d + j]),
+                                          _mm512_load_ps(codewords + j * kEntries + v * 16), sum);
                 _mm512_store_ps(to + v * 16, sum);
                 const __mmask16 lanes = v + 1 < vectors ? 0xffff : tail;
                 least = _mm512_mask_min_ps(least, lanes, least, sum);
@@ -103,9 +116,10 @@ struct ByteTables {
         return _mm512_mask_blend_epi8(upper, first, _mm512_permutex2var_epi8(table[2], codes, table[3]));
     }
 
-    // y [count] of outputs first on, count <= 64 * Groups, read and written where it lies below n.
+    // total [64 * Groups] += sums of a segment for outputs from `first` on, as far as they lie below n; of each 64 the even
+    // ones before the odd ones.
     template <int Registers, int Groups>
-    void add(int64_t first, const float* bias, float* y) const {
+    void add(int64_t s, int64_t first, float* total) const {
         const uint8_t* codes = w.block<uint8_t>(0) + first;
         const __m512i even = _mm512_set1_epi16(0xff);
         __mmask64 inside[Groups];
@@ -113,53 +127,67 @@ struct ByteTables {
             const int64_t rest = w.n - first - 64 * g;
             inside[g] = rest >= 64 ? ~0ull : rest > 0 ? (1ull << rest) - 1 : 0;
         }
-        alignas(64) float total[64 * Groups];
-        for (int i = 0; i < 64 * Groups; ++i) total[i] = bias && first + i < w.n ? bias[first + i] : 0.0f;
-        for (int64_t s = 0; s < segments(); ++s) {
-            const int64_t end = (s + 1) * kSegment < w.blocks ? (s + 1) * kSegment : w.blocks;
-            __m512i sums[Groups][4];  // of low and high bytes of even and odd outputs
-            for (int g = 0; g < Groups; ++g)
-                for (int i = 0; i < 4; ++i) sums[g][i] = _mm512_setzero_si512();
-            for (int64_t b = s * kSegment; b < end; ++b) {
-                __m512i low_bytes[Registers], high_bytes[Registers];
-                for (int r = 0; r < Registers; ++r) {
-                    low_bytes[r] = _mm512_load_si512(bytes + b * 2 * kEntries + 64 * r);
-                    high_bytes[r] = _mm512_load_si512(bytes + b * 2 * kEntries + kEntries + 64 * r);
-                }
-                // the codes of a block lie n bytes on, where no prefetcher looks
-                for (int g = 0; g < Groups; ++g) __builtin_prefetch(codes + (b + kAhead) * w.n + 64 * g);
-                for (int g = 0; g < Groups; ++g) {
-                    const __m512i index = _mm512_maskz_loadu_epi8(inside[g], codes + b * w.n + 64 * g);
-                    const __mmask64 upper = Registers == 4 ? _mm512_movepi8_mask(index) : 0;
-                    const __m512i a = look_up<Registers>(low_bytes, index, upper);
-                    const __m512i c = look_up<Registers>(high_bytes, index, upper);
-                    sums[g][0] = _mm512_add_epi16(sums[g][0], _mm512_and_si512(a, even));
-                    sums[g][1] = _mm512_add_epi16(sums[g][1], _mm512_srli_epi16(a, 8));
-                    sums[g][2] = _mm512_add_epi16(sums[g][2], _mm512_and_si512(c, even));
-                    sums[g][3] = _mm512_add_epi16(sums[g][3], _mm512_srli_epi16(c, 8));
-                }
+        __m512i sums[Groups][4];  // of low and high bytes of even and odd outputs
+        for (int g = 0; g < Groups; ++g)
+            for (int i = 0; i < 4; ++i) sums[g][i] = _mm512_setzero_si512();
+        for (int64_t b = s * kSegment; b < end_of(s); ++b) {
+            __m512i low_bytes[Registers], high_bytes[Registers];
+            for (int r = 0; r < Registers; ++r) {
+                low_bytes[r] = _mm512_load_si512(bytes + b * 2 * kEntries + 64 * r);
+                high_bytes[r] = _mm512_load_si512(bytes + b * 2 * kEntries + kEntries + 64 * r);
             }
+            // the codes of a block lie n bytes on, where no prefetcher looks
+            for (int g = 0; g < Groups; ++g) __builtin_prefetch(codes + (b + kAhead) * w.n + 64 * g);
             for (int g = 0; g < Groups; ++g) {
-                alignas(64) uint16_t sum[4][32];
-                for (int i = 0; i < 4; ++i) _mm512_store_si512(sum[i], sums[g][i]);
-                for (int i = 0; i < 32; ++i) {
-                    total[64 * g + 2 * i] += static_cast<float>(sum[0][i] + 256 * sum[2][i]) * step[s] + offset[s];
-                    total[64 * g + 2 * i + 1] += static_cast<float>(sum[1][i] + 256 * sum[3][i]) * step[s] + offset[s];
-                }
+                const __m512i index = _mm512_maskz_loadu_epi8(inside[g], codes + b * w.n + 64 * g);
+                const __mmask64 upper = Registers == 4 ? _mm512_movepi8_mask(index) : 0;
+                const __m512i a = look_up<Registers>(low_bytes, index, upper);
+                const __m512i c = look_up<Registers>(high_bytes, index, upper);
+                sums[g][0] = _mm512_add_epi16(sums[g][0], _mm512_and_si512(a, even));
+                sums[g][1] = _mm512_add_epi16(sums[g][1], _mm512_srli_epi16(a, 8));
+                sums[g][2] = _mm512_add_epi16(sums[g][2], _mm512_and_si512(c, even));
+                sums[g][3] = _mm512_add_epi16(sums[g][3], _mm512_srli_epi16(c, 8));
             }
         }
-        for (int i = 0; i < 64 * Groups && first + i < w.n; ++i) y[first + i] = total[i];
+        const __m512 unit = _mm512_set1_ps(step[s]), least = _mm512_set1_ps(offset[s]);
+        for (int i = 0; i < 4 * Groups; ++i, total += 16) {
+            const __m512i *low = sums[i / 4] + i % 4 / 2, *high = low + 2;
+            const auto half = [&](const __m512i* of) {
+                return _mm512_cvtepu16_epi32(i % 2 ? _mm512_extracti64x4_epi64(*of, 1) : _mm512_castsi512_si256(*of));
+            };
+            const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(half(low), _mm512_slli_epi32(half(high), 8)));
+            _mm512_store_ps(total, _mm512_fmadd_ps(sum, unit, _mm512_add_ps(_mm512_load_ps(total), least)));
+        }
+    }
+
+    // y of outputs first to first + count, count <= kStrip. (The tables of a segment stay in the first-level cache.)
+    template <int Registers>
+    void strip(int64_t first, int64_t count, const float* bias, float* y) const {
+        constexpr int kGroups = 4;
+        alignas(64) float total[kStrip];
+        for (float& value : total) value = 0.0f;
+        for (int64_t s = 0; s < segments(); ++s)
+            for (int64_t at = 0; at < count; at += 64 * kGroups) add<Registers, kGroups>(s, first + at, total + at);
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+        for (int64_t at = 0; at < count; at += 16) {
+            const float* from = total + at / 64 * 64 + at % 64 / 32 * 16;
+            const __mmask16 lanes = first_lanes(count - at < 16 ? static_cast<int>(count - at) : 16);
+            __m512 value = _mm512_permutex2var_ps(_mm512_load_ps(from), at % 32 ? high : low, _mm512_load_ps(from + 32));
+            if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, bias + first + at));
+            _mm512_mask_storeu_ps(y + first + at, lanes, value);
+        }
     }
 
     void add_all(int64_t begin, int64_t end, const float* bias, float* y) const {
-        constexpr int kGroups = 4;
-        for (int64_t first = begin; first < end; first += 64 * kGroups) {
+        for (int64_t first = begin; first < end; first += kStrip) {
+            const int64_t count = end - first < kStrip ? end - first : kStrip;
             if (w.k <= 64)
-                add<1, kGroups>(first, bias, y);
+                strip<1>(first, count, bias, y);
             else if (w.k <= 128)
-                add<2, kGroups>(first, bias, y);
+                strip<2>(first, count, bias, y);
             else
-                add<4, kGroups>(first, bias, y);
+                strip<4>(first, count, bias, y);
         }
     }
 };

@@ -17,10 +17,15 @@ Measured, 2 cores: batch 1: 0.17 ms, 9.2x F.linear in fp32 and 2.7x quantize_dyn
 products in tiles 12.7 ms (their loads ordered to hide behind products, tokens packed in the order of use,
 prefetched, larger groups of outputs: 5 % together); alone, in cache, the same products take 8.5 ms. Batch
 1: a prefetch of the codes, which lie n bytes apart, gave 0.145 -> 0.120 ms with warm caches.
-Without AMX (Zen 4, 2 cores, other programs beside it): batch 256 in fp32 17.7 ms, 4.3x F.linear in fp32 and
-0.79x in bf16, by table rows: tables of four blocks at once (64 KiB) instead of two 17.9 -> 14.8 ms, rows of 8
-tokens instead of 16 18.5 ms, tokens and outputs transposed in runs of 16 a further tenth. Batch 16: 1.24 ms,
-10x fp32; batch 1: 0.31 ms, 13x fp32, 1.7x quantize_dynamic (least times: 0.12 ms, 2.2x).
+Without AMX (AMD Zen 5, 2 cores), beside F.linear in fp32 and in bf16 and quantize_dynamic: batch 1 73 us
+(2750, 1030, 151), 38x fp32 and 2.1x the fastest in int8, whose weight the 32 MB cache holds from call to
+call; 16 512 us (6250, 1390, 434), 12x fp32; 256 7.5 ms (42.4, 9.4, 5.5) in fp32, 5.7x fp32 and 0.80x bf16,
+by table rows, and as much in bf16; step of 512 94 ms, dense 284. Batch 1 before: 106 us; the tables of a
+segment kept in the first-level cache while all outputs meet them (they were read from the second again for
+each 256 outputs), sums widened by vectors and products of a block from registers gave 73. By count of
+instructions look-ups take 25 us and tables 10. By table rows, on Zen 4: tables of four blocks at once (64
+KiB) instead of two 17.9 -> 14.8 ms at batch 256, rows of 8 tokens instead of 16 18.5 ms, tokens and outputs
+transposed in runs of 16 a further tenth.
 With AVX2 alone (Zen, 2.5 GHz, 2 cores), fp32, medians of a plain loop, beside F.linear in fp32 and
 quantize_dynamic: batch 1 0.65 ms (0.86 with the codes out of the caches), 4.1, 1.19: 6.3x and not 8x, 1.8x
 and not 2x; 16 2.64, 32, 7.6; 64 9.7, 57, 30; 256 40.5, 157, 124: 3.9x and not 4x; step of 512, before the

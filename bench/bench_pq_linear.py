@@ -20,7 +20,7 @@ prefetched, larger groups of outputs: 5 % together); alone, in cache, the same p
 Without AMX (AMD Zen 5, 2 cores), beside F.linear in fp32 and in bf16 and quantize_dynamic: batch 1 73 us
 (2750, 1030, 151), 38x fp32 and 2.1x the fastest in int8, whose weight the 32 MB cache holds from call to
 call; 16 512 us (6250, 1390, 434), 12x fp32; 256 7.5 ms (42.4, 9.4, 5.5) in fp32, 5.7x fp32 and 0.80x bf16,
-by table rows, and as much in bf16; step of 512 94 ms, dense 284. Batch 1 before: 106 us; the tables of a
+by table rows, and as much in bf16; step of 512 65 ms, dense 252. Batch 1 before: 106 us; the tables of a
 segment kept in the first-level cache while all outputs meet them (they were read from the second again for
 each 256 outputs), sums widened by vectors and products of a block from registers gave 73. By count of
 instructions look-ups take 25 us and tables 10. By table rows, on Zen 4: tables of four blocks at once (64

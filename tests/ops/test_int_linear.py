@@ -108,7 +108,7 @@ def exact_and_bound(x, packed: Packed, bias=None) -> tuple[torch.Tensor, torch.T
     magnitude = x.double().abs()
     largest = magnitude.amax(1, keepdim=True)
     resolution = torch.full_like(largest, 4 * UNIT)
-    if x.dtype == torch.bfloat16 and packed.bits == 4 and len(x) <= 6:
+    if x.dtype == torch.bfloat16 and packed.bits == 4 and len(x) <= 12:
         even = largest * 512 <= magnitude.sum(1, keepdim=True)
         resolution = torch.where(even, EVEN_BF16, resolution)
     bound = resolution * largest * weight.abs().sum(1) + 4 * UNIT * exact.abs()
@@ -126,6 +126,17 @@ def check(x, packed: Packed, bias=None) -> None:
     y = F.int_linear(x, *packed.arguments, bias, packed.bits)
     assert y.dtype == x.dtype
     assert_within(y, *exact_and_bound(x, packed, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 128), (4, None), (4, 64), (4, 128), (4, 512)])
+def test_each_number_of_tokens(bits, group, dtype):
+    """A few are multiplied where the weight lies, by ones and by twos, more of them in tiles."""
+    generator = seeded(bits + (group or 0))
+    for m in (*range(1, 16), 23, 33, 40):
+        for n, zero_point in ((37, True), (20, False)):
+            packed = random_packed(n, 1024, bits, 1024 // (group or 1024), generator, zero_point, unit=2**-10)
+            check(activations(m, 1024, "offset", generator).to(dtype), packed)
 
 
 @pytest.mark.parametrize("case", list(covering(SIZES, possible)), ids=name)

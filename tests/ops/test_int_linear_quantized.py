@@ -79,6 +79,15 @@ def test_exact(backend, case):
         check(activations(m, k, generator, dtype), packed, bias, STATIC if mode == "static" else None)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_each_number_of_tokens(bits):
+    """Up to 32 are multiplied where the weight lies, as many at once as the registers hold."""
+    generator = seeded(bits)
+    for m in range(1, 36):
+        packed = random_packed(37, 256, bits, 1, generator, zero_point=m % 2 == 0, unit=2**-9)
+        check(activations(m, 256, generator), packed)
+
+
 @pytest.mark.parametrize("k", [32_768, 40_000])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_extreme_codes_in_long_rows(backend, k, bits):

@@ -30,7 +30,7 @@ inline __m512i joined_quarters(const __m512i* quarters, const Add& add) {
 inline __m512i add_ints(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
 
 // Lane i <- the sum of lanes of total[i].
-inline Vec sums_of(const Vec (&total)[16]) {
+inline Vec sums_of(const Vec* total) {
     __m512i bits[16], quarters[4];
     for (int i = 0; i < 16; ++i) bits[i] = _mm512_castps_si512(total[i].v);
     const auto add = [](__m512i a, __m512i b) {
@@ -204,8 +204,8 @@ class RowProduct {
 
 // Few tokens and 4-bit codes in short groups: the sums of a group stay in 16 lanes, as integers, and are scaled there.
 //
-// Per 64 bytes of codes: 3 instructions to unpack, and for each token one for each step and byte of fixed point and 8 to
-// join, shift and scale. What zero points take off is looked up, since products of 32-bit integers would load the port
+// Per 64 bytes of codes: 3 instructions to unpack, and for each token one for each step and byte of fixed point and up
+// to 8 to join, shift and scale. What zero points take off is looked up, since products of 32-bit integers would load the port
 // that is loaded most.
 template <int Bytes>
 class GroupedRowProduct {
@@ -240,19 +240,19 @@ class GroupedRowProduct {
             const int64_t count = end - o < 16 ? end - o : 16;
             const Mask rows = first_lanes(static_cast<int>(count));
             const Vec shift{bias ? _mm512_maskz_loadu_ps(rows, bias + o) : _mm512_setzero_ps()};
-            Vec total[2][16] = {};
+            Vec total[2 * 16] = {};
             for (int64_t t = 0; t < x_.tokens(); t += 2) {
                 const int64_t tokens = x_.tokens() - t < 2 ? 1 : 2;
                 for (int64_t r = 0; r < count; r += 4) {
                     if (w_.group_size() != 128 || count - r < 4)
-                        for (int64_t i = 0; i < tokens; ++i) four(o + r, count - r, t + i, total[i] + r);
+                        for (int64_t i = 0; i < tokens; ++i) four(o + r, count - r, t + i, total + i * 16 + r);
                     else if (tokens == 1)
-                        four_of_128<1>(o + r, t, total[0] + r);
+                        four_of_128<1>(o + r, t, total + r);
                     else
-                        four_of_128<2>(o + r, t, total[0] + r);
+                        four_of_128<2>(o + r, t, total + r);
                 }
                 for (int64_t i = 0; i < tokens; ++i) {
-                    Vec value = sums_of(total[i]) * splat(x_.scale()[t + i]);
+                    Vec value = sums_of(total + i * 16) * splat(x_.scale()[t + i]);
                     if (bias) value = value + shift;
                     T* to = y + (t + i) * w_.n + o;
                     if (count == 16)
@@ -265,7 +265,7 @@ class GroupedRowProduct {
     }
 
   private:
-    static constexpr int64_t kMostTokens = 12;
+    static constexpr int64_t kMostTokens = kHasTiles ? 6 : 12;
 
     int64_t apart() const { return x_.tokens() * x_.apart(); }  // of the bytes of a token
     int32_t* shifts(int64_t t) const { return shifts_.get() + t * segments_.count() * zeros_ * 16; }

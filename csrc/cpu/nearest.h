@@ -150,12 +150,21 @@ inline bool Codebook::prepare(const float* codewords, int64_t k, int d, const fl
     tiles_ = reinterpret_cast<uint16_t*>(pair_norms_ + pair_words);
     for (int64_t i = 0; i < tile_halves; ++i) tiles_[i] = 0;
 
-    double mean[kMaxDimension] = {};
-    for (int64_t i = 0; i < k; ++i)
+    const auto is_finite = [&](int64_t i) {
+        float product = 0.0f;  // of zeros, which infinity and NaN make NaN
+        for (int j = 0; j < d; ++j) product += codewords[i * d + j] * 0.0f;
+        return product == 0.0f;
+    };
+    double mean[kMaxDimension] = {}, count_of_mean = 0.0;
+    for (int64_t i = 0; i < k; ++i) {
+        if (!is_finite(i)) continue;
+        ++count_of_mean;
         for (int j = 0; j < d; ++j) mean[j] += codewords[i * d + j];
-    for (int j = 0; j < d * kRow; ++j) shift_[j] = static_cast<float>(mean[j % d] / static_cast<double>(k));
+    }
+    for (int j = 0; j < d * kRow; ++j) shift_[j] = static_cast<float>(count_of_mean ? mean[j % d] / count_of_mean : 0.0);
     double largest = 0.0;
     for (int64_t i = 0; i < k; ++i) {
+        if (!is_finite(i)) continue;
         double squared = 0.0;
         for (int j = 0; j < d; ++j) {
             const double c = codewords[i * d + j] - shift_[j];
@@ -175,7 +184,7 @@ inline bool Codebook::prepare(const float* codewords, int64_t k, int d, const fl
         for (int lane = 0; lane < kRow; ++lane)
             for (int64_t t = 0; t < size; ++t) {
                 const int64_t i = block * kBlock + lane * size + t, row = block * kRow + t;
-                const bool real = i < k;
+                const bool real = i < k && is_finite(i);  // nothing is near one that is not
                 float shifted[kMaxDimension];
                 double squared = 0.0;
                 float* group = groups_ + (block * kRow + lane) * d * kRow;

@@ -31,7 +31,7 @@ inline void Codebook::choose_pair_units(const float* sample, int count) {
             const float magnitude = __builtin_fabsf(rows_[row * (1 + d_) * kRow + i]);
             largest = magnitude > largest ? magnitude : largest;
         }
-    if (!(largest > 1e-15f && norm_ < 1e15f)) return;
+    if (!(largest > 1e-14f && norm_ < 1e15f)) return;
     float lengths[kSample] = {}, widths[kSample] = {};
     for (int p = 0; p < count; ++p) {
         for (int j = 0; j < d_; ++j) {
@@ -296,7 +296,8 @@ inline void Codebook::nearer_of(const float* points, int count, const int32_t* c
         from_first = distances_of(points, count, first);
         from_other = distances_of(points, count, other);
     }
-    const __mmask16 lanes = first_lanes(count), nearer = _mm512_cmp_ps_mask(from_other, from_first, _CMP_LT_OQ);
+    const __mmask16 lanes = first_lanes(count), nearer = _mm512_cmp_ps_mask(from_other, from_first, _CMP_LT_OQ) |
+                                                _mm512_cmp_ps_mask(from_first, from_first, _CMP_UNORD_Q);
     _mm512_mask_storeu_epi32(codes, lanes, _mm512_mask_mov_epi32(first, nearer, other));
     _mm512_mask_storeu_ps(distances, lanes, _mm512_mask_mov_ps(from_first, nearer, from_other));
 }

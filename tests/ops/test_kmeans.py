@@ -113,6 +113,27 @@ def test_assignments_at_other_magnitudes(backend, scale):
         )
 
 
+@pytest.mark.parametrize("K", [10, 33, 100, 256, 1000])
+@pytest.mark.parametrize("d", [2, 7, 8, 16, 33])
+def test_centroids_that_are_no_numbers_are_nobodys_nearest(d, K):
+    points, centroids = draw(1003, d, K, "plain", torch.Generator().manual_seed(d * K))
+    spoilt = centroids.clone()
+    spoilt[K // 3, d // 2], spoilt[K - 1, 0] = math.nan, math.inf
+    kept = torch.tensor([index for index in range(K) if index not in (K // 3, K - 1)])
+    codes, distances = F.kmeans_assign(points, spoilt)
+    expected, exact = F.kmeans_assign(points, centroids[kept])
+    assert_identical(codes, kept[expected.long()].int())
+    assert_identical(distances, exact)
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1.2e-15, 1e-14, 3e-14])
+def test_tiny_centroids_and_points_far_beyond_them(scale):
+    generator = torch.Generator().manual_seed(5)
+    points, centroids = draw(2000, 8, 64, "plain", generator)
+    points[7::31] *= 20
+    check_assignment(points * scale, centroids * scale, F.kmeans_assign(points * scale, centroids * scale)[0])
+
+
 @pytest.mark.parametrize("d", SIZES["d"])
 def test_the_lowest_index_wins_among_equals(backend, d):
     """Every centroid comes three times: one after the other, and table after table."""

@@ -12,16 +12,16 @@ scikit-learn 77 and torch 340: 4 to 5x faiss. Past that lies only what needs few
 of AMX, or bounds. A search of 15 steps costs 15 of them; other n and K as many per pair.
 
 Measured with AVX-512 and no AMX (AMD Zen 5, 2 cores): a step 2.2 ms, 0.28x the matrix product, a search
-38.1 ms where faiss takes 285, 7.5x; in a process of its own, where it has fewer page faults, faiss takes
-195 to 200, 5.2 to 5.4x ours there. Others, beside faiss: d = 4 33 ms (270), d = 16 76 (343), K = 16 14
-(267), 100,000 points 14 (94); in 5 steps K = 1024 37 (132), 1,000,000 points 42 (328); in 2 K = 4096 58
-(120), 10,000,000 points 183 (1520). The floor of the products of pairs of 16-bit integers is 1.2 ms a step;
-their loop reaches 84 % of the rate of that instruction. What gave it, ns a point on one core, a step
-without its sums: scores with codewords side by side and then those of the best 16 again 17.4; points side
-by side, codewords in couples whose number is in the low bits of a score, 13.1; units that fit a sample of
-the points 12.7 (of d = 16, where whole tiles were too far out for the integers, a step 4.9 to 7.2 -> 4.6
-ms); both codewords of a couple in one vector 11.6. Sums in whole cache lines 2.0 -> 1.3 beside that. Bounds
-(below) do not pay here: their first step takes 8.3 ms, the fifteenth 2.5; from K = 1024 on they come close.
+38.1 ms where faiss takes 285, 7.5x; in a process of its own faiss takes 195 to 200, 5.1x to 5.6x ours
+there. Others, beside faiss: d = 4 33 ms (270), d = 16 76 (343), K = 16 14 (267), 100,000 points 14 (94); in
+5 steps K = 1024 37 (132), 1,000,000 points 42 (328); in 2 K = 4096 58 (120), 10,000,000 points 183 (1520).
+The floor of the products of pairs of 16-bit integers is 1.2 ms a step; their loop reaches 84 % of the rate
+of that instruction. What gave it, ns a point on one core, a step without its sums: scores with codewords
+side by side and then those of the best 16 again 17.4; points side by side, codewords in couples whose
+number is in the low bits of a score, 13.1; units that fit a sample of the points 12.7 (of d = 16, where
+whole tiles were too far out for the integers, a step 4.9 to 7.2 -> 4.6 ms); both codewords of a couple in
+one vector 11.6. Sums in whole cache lines 2.0 -> 1.3 beside that. Bounds (below) do not pay here: their
+first step takes 8.3 ms, the fifteenth 2.5; from K = 1024 on they come close.
 With AMX, before that: a step 4.3 ms, 0.85x the matrix product, and a search 4.8 ms a step where faiss takes
 19.1 to 22.1 and scikit-learn 57: 3.7 to 4.7x faiss over several runs. Tried there on the scores, per point
 on one core: fp32 multiply-adds 47 ns in all, tiles of AMX (bf16 halves) 33 ns, pairs of 16-bit integers 23

@@ -6,14 +6,15 @@ values), 9 inputs (0.98 M) and 10 gradients (2.0 M) to quantize.
 Floor: the plain step, ratio 1. Work of the kernels, a core with AVX-512 at 3.6 GHz, values in its cache:
 1.2 M values at 0.15 ns and 2.0 M at 0.45 ns (0.17 of them Philox), 1.1 ms, 0.6 on two cores; of Python, one
 autograd function a layer: 0.4 ms. On a plain step of 17 to 18 ms: 1.06x.
-Measured in "small", 2 cores, medians in turns: 1.22x before what follows (of 4.1 ms kernels took 1.7), 1.20x
-with weight and input quantized in one call and a bit for each clipped value instead of the input, 1.16x (16.7
-and 19.3 ms) with one call a layer past the dispatcher. Beside other programs: 1.11x to 1.25x; the goal of
-1.1x is not reached. Of the parts, values in the cache of one core: nearest level 0.17 to 0.12 ns a value, by
-clamping x and not its quotient and code; random level 0.60 to 0.39, 0.17 of them Philox, by a floor
-instruction, a sum less, and constants that the compiler can keep in registers; draws 256 at a time instead of
-64 gave nothing. A layer of 8 x 8, forward and backward: 183 to 136 us, plain 46. "wide" was not measured. Not
-tried: one thread for small tensors; seeds of all layers drawn at once, which would change them.
+Measured in "small", 2 cores, medians in turns: 1.22x before what follows (of 4.1 ms kernels took 1.7),
+1.20x with weight and input quantized in one call and a bit for each clipped value instead of the input,
+1.16x (16.7 and 19.3 ms) with one call a layer past the dispatcher. Beside other programs: 1.11x to 1.25x;
+the goal of 1.1x is not reached. Of the parts, values in the cache of one core: nearest level 0.17 to 0.12
+ns a value, by clamping x and not its quotient and code; random level 0.60 to 0.39, 0.17 of them Philox, by
+a floor instruction, a sum less, and constants that the compiler can keep in registers; draws 256 at a time
+instead of 64 gave nothing. A layer of 8 x 8, forward and backward: 183 to 136 us, plain 46. On Zen 5
+"small" takes 1.17x (12.8 and 10.9 ms), "wide" 1.05x, with scalar noise 1.11x and 1.03x. Not tried: one
+thread for small tensors; seeds of all layers drawn at once, which would change them.
 """
 
 from collections.abc import Callable

@@ -16,18 +16,24 @@ floor 0.15. Batch 256: dynamic 2.6 ms, the tile instructions alone 0.63; bf16 5.
 F.linear 5.2; fp32, three products of bytes, 6.4 ms against 28. What is missing there: operands and sums come
 from the second-level cache (10 to 14 ns a product instead of 4.8), codes are unpacked, outputs are written.
 int4 in groups of 128 from batch 64 on: sums leave the tiles after each group, as much work as the rest.
-Without tile instructions, on AMD Zen 4 (AVX-512 with VNNI and bf16): one core, CPU time, other programs
-running, so there is no CSV yet. Peak: vpdpbusd 216 G products/s, vdpbf16ps 109. 4096x4096, ours (fastest
-peer) in ms: dynamic int8 batch 4 0.48 (0.47), 16 2.0 to 2.7 (1.7 to 2.1), 64 6.0 (6.6), 256 23.3 (25.9);
-int8 with bf16 batch 4 1.1 (2.2), 16 3.8 (4.8), 64 12.3 (12.0), 256 44.5 (42.0, F.linear, which is 102 G
-products/s). What ideas gave there, dynamic unless said: vpdpbusd in assembly and sums in locals (of the
-intrinsic GCC 12 stores the sums each time), batch 4 1.4 to 0.62; asking for the next four rows, batch 1
-0.45 to 0.33, 4 0.62 to 0.46; sums of codes by vpsadbw, batch 1 0.33 to 0.29, 4 nothing; asking for the
-next chunk between products rather than at once, batch 16 2.7 to 2.0, 64 7.3 to 6.2; products of bf16
-instead of three of bytes, int8 with bf16 batch 64 17.9 to 11.9. Missing: below 0.9 of the fastest peer
-are int4 with bf16 at batch 4 on the small shapes (0.76, 0.86) and at several larger batches (down to
-0.78), and dynamic int8 at batch 16 (0.77 to 0.89) and on some small shapes: a chunk is unpacked before
-its products, not between them.
+Without tile instructions, on AMD Zen 5 (AVX-512 with VNNI and bf16, 2 cores, 32 MB of cache; the CSV):
+fastest peer over ours, in the geometric mean 4.7 and 1.07 (weight-only int8, fp32 and bf16), 1.04 and 2.35
+(dynamic), 4.0 and 0.91 (int4); 20 of 120 points below 0.9. int4 with bf16 came last, when the processor had
+slowed down, F.linear by a tenth and ours by 4 tenths; by itself 1.05, below 0.9 at 768x768, batch 1 and 4
+(0.80, 0.73), and at batch 256 (0.88 to 0.92). One core multiplies 530 G pairs of bytes and 265 G of bf16 a
+second at most. What ideas gave, us, ours (fastest peer): bytes of up to 33 rows of activations, not 13,
+multiplied where the weight lies: int8 with bf16, 3072x768, batch 5 149 -> 72 (120), 8 232 -> 84 (120),
+dynamic at 16 103 -> 71 (70); 65 rows gained nothing more. int4, 4096x4096: two tokens at once, addresses at
+strides, sums that start at what zero points take off, batch 1 141 -> 120 (225), 4 418 -> 333 (388); rows up
+to 12 tokens, 12 1750 -> 873 (1179). int4 with bf16 in tiles, batch 256: sums scaled as they leave the
+registers and one permutation to decode 22.8 -> 20.0 ms on one core, where products alone take 16.4; twice
+as many tokens at once 10.7 -> 10.4 on two. Tried on dynamic int8 from the cache, batch 1: prefetches 8 and
+16 rows ahead, or into the first level, the same; none, slower.
+On Zen 4, one core, before that: vpdpbusd in assembly and sums in locals (of the intrinsic GCC 12 stores the
+sums each time) 1.4 to 0.62 ms for dynamic int8 at batch 4; asking for the next four rows, batch 1 0.45 to
+0.33, 4 0.62 to 0.46; sums of codes by vpsadbw, batch 1 0.33 to 0.29; asking for the next chunk between
+products rather than at once, batch 16 2.7 to 2.0, 64 7.3 to 6.2; products of bf16 instead of three of
+bytes, int8 with bf16 batch 64 17.9 to 11.9.
 With AVX2 alone (Zen, 2.5 GHz, 2 cores; F.linear in fp32 4.0 ms at batch 1, 28 at 16, 146 at 256),
 4096x4096, fp32, ms: int8 batch 1 1.6, 4 4.6, 16 11.1, 64 34, 256 138; int4 2.2, 6.4, 13.6, 35, 127;
 dynamic int8 1.4, 2.5, 8.2, 32, 123 (quantize_dynamic 1.2 to 1.5, 2.1, 7.5, 30, 118). Before: a row

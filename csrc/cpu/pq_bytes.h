@@ -3,7 +3,8 @@
 //
 // Products are rounded to multiples of a step that 64 blocks share, so the relative error of y is about 5e-5 for
 // blocks of like size. A token whose blocks differ so much that it would be above kTolerance is refused.
-// Per 64 codes: some 19 instructions, 10 cycles. Codes are read once: n * blocks bytes.
+// Per 64 codes: some 19 instructions, 10 cycles. Codes are read once: n * blocks bytes. Floor for 4096x4096, d = 8: 2.1 MB,
+// and by instructions 25 us of look-ups and 10 of tables on 2 cores of Zen 5; measured 73 us with the call.
 #pragma once
 
 #include "cpu/parallel.h"

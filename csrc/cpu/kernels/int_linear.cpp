@@ -9,6 +9,7 @@
 
 #include "cpu/by_dtype.h"
 #include "cpu/extremes.h"
+#include "cpu/int_grouped_rows.h"
 #include "cpu/int_plain.h"
 #include "cpu/int_tiles.h"
 #include "cpu/int_words.h"

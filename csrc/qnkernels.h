@@ -58,7 +58,7 @@ QNK_API int qnk_cpu_quantization_parameters(const float* low, const float* high,
                                             const int64_t* bits, int symmetric, float* scale,
                                             float* zero_point);
 
-// y [n] <- quantization noise on x [n]: noised where the draw of (seed, i) < threshold (0 to 65536).
+// y [n] <- quantization noise on x [n]: noised where the draw of (seed, i) < threshold (0 to 65536; philox.h).
 QNK_API int qnk_cpu_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n,
                                   const float* scale, const float* zero_point, int64_t channels,
                                   int64_t inner, const int64_t* bits, int32_t threshold, const int64_t* seed);

@@ -17,17 +17,19 @@ Calls = Iterator[tuple[str, tuple]]
 
 
 def fake_quantize() -> Calls:
-    """Scale per tensor, tile, 8 elements and element; all pairs of dtypes; drawing or not."""
+    """Scale per tensor, tile, 8 elements and element; all pairs of dtypes; draws of 16 bits, of one, none."""
     square, odd = (64, 64), (64, 65)
-    cases = [(torch.empty(square, dtype=dtype), other, None, 0.5) for dtype, other in product(FLOATS, FLOATS)]
-    for shape, (dtype, other) in product((square, odd), ((F32, BF16), *((one, one) for one in FLOATS))):
-        cases.append((torch.empty(shape, dtype=dtype), other, 0, 0.5))
+    usual = ((F32, BF16), *((one, one) for one in FLOATS))
+    cases = [(torch.empty(square, dtype=dtype), other, None, 0.1) for dtype, other in product(FLOATS, FLOATS)]
+    cases += [(torch.empty(square, dtype=dtype), other, None, 0.5) for dtype, other in usual]
+    for shape, p, (dtype, other) in product((square, odd), (0.1, 0.5), usual):
+        cases.append((torch.empty(shape, dtype=dtype), other, 0, p))
     cases += [(torch.empty(shape), F32, axis, 1.0) for shape, axis in ((square, None), (square, 0), (odd, 0))]
-    cases += [(torch.empty(2, 4096, dtype=dtype), dtype, 0, 0.5) for dtype in FLOATS]
+    cases += [(torch.empty(2, 4096, dtype=dtype), dtype, 0, p) for dtype, p in product(FLOATS, (0.1, 0.5))]
     cases += [(_misaligned(square, dtype), dtype, 0, 0.5) for dtype in FLOATS]
     # indices of 64 bits; the memory is reserved, not touched
     huge = torch.empty(8, 2**28 + 1, dtype=BF16)
-    cases += [(huge, BF16, axis, 0.5) for axis in (None, 0)]
+    cases += [(huge, BF16, axis, p) for axis, p in product((None, 0), (0.1, 0.5))]
     for x, other, axis, p in cases:
         scale = torch.empty(() if axis is None else x.shape[axis])
         grad = torch.empty(x.shape, dtype=other)
@@ -58,6 +60,8 @@ def block_noise() -> Calls:
     """Block sizes that are tiles of their own, that leave lanes idle, and that take several tiles."""
     for dtype, kind, d in product(FLOATS, ("zero", "mean"), (1, 8, 16, 64, 9, 1000)):
         yield "block_noise", (torch.empty(16, d, dtype=dtype), d, 0.1, SEED, kind, True, dtype)
+    for d in (1, 8, 64, 1000):  # draws of one bit, for a tile of several calls or a part of one
+        yield "block_noise", (torch.empty(16, d), d, 0.5, SEED, "zero", True, F32)
     for dtype, other in product(FLOATS, FLOATS):
         yield "block_noise", (torch.empty(16, 8, dtype=dtype), 8, 0.1, SEED, "mean", True, other)
     for dtype in FLOATS:
@@ -72,6 +76,7 @@ def centroid_noise() -> Calls:
         for dtype, other in ((F32, F32), *rare, *(((F32, BF16),) if d == 8 else ())):
             weight = torch.empty(rows, 64 * d, dtype=dtype)
             yield "block_noise", (weight, d, 0.1, SEED, "centroid", True, other, codebook)
+        yield "block_noise", (torch.empty(rows, 64 * d), d, 0.5, SEED, "centroid", True, F32, codebook)
 
 
 def ranges() -> Calls:

@@ -1,7 +1,8 @@
 // Philox4x32-10 (Salmon et al., SC 2011) and the draws of the noise, for host and device.
 //
-// Element i takes 16 bits: word (i % 8) / 2, half i % 2 (low first), of the call with counter
-// (lo32(i / 8), hi32(i / 8), 0, 0) and key (lo32(seed), hi32(seed)). It is noised when draw < threshold.
+// Call c, with counter (lo32(c), hi32(c), 0, 0) and key (lo32(seed), hi32(seed)), is 128 bits: words in turn, low bits
+// first. Element i takes the 16 bits from 16 (i % 8) on of call i / 8, and is noised when they are below the threshold.
+// At a threshold of one half it takes one bit, i % 128 of call i / 128, and is noised when it is 0.
 #pragma once
 
 #include <stdint.h>
@@ -21,6 +22,7 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 constexpr int kDrawsPerCall = 8;  // 16-bit draws in one Philox call
+constexpr uint32_t kHalf = 0x8000;  // the threshold of one half
 
 struct Philox4 {
     uint32_t word[4];
@@ -42,9 +44,14 @@ QNK_HD Philox4 philox(uint64_t counter, uint64_t seed) {
     return {{c0, c1, c2, c3}};
 }
 
-// Bit j of the result: whether element 8 * counter + j is noised.
-QNK_HD uint32_t noise_bits(uint64_t counter, uint64_t seed, uint32_t threshold) {
-    const Philox4 random = philox(counter, seed);
+// Bit j of the result: whether element 8 * eight + j is noised.
+QNK_HD uint32_t noise_bits(uint64_t eight, uint64_t seed, uint32_t threshold) {
+    const Philox4 random = philox(threshold == kHalf ? eight / 16 : eight, seed);
+    if (threshold == kHalf) {
+        const uint32_t low = eight & 4 ? random.word[1] : random.word[0];
+        const uint32_t high = eight & 4 ? random.word[3] : random.word[2];
+        return ~((eight & 8 ? high : low) >> (8 * (eight & 3))) & 0xffu;
+    }
     uint32_t bits = 0;
     for (int j = 0; j < kDrawsPerCall; ++j) {
         const uint32_t draw = (random.word[j / 2] >> (16 * (j % 2))) & 0xffffu;

@@ -129,23 +129,40 @@ class Noise {
   public:
     Noise(const int64_t* seed, int32_t threshold)
         : words_(threshold > 0 && threshold < 65536 ? *seed : 0, threshold),
-          constant_(threshold <= 0 || threshold >= 65536) {
-        for (uint64_t& word : drawn_) word = threshold <= 0 ? 0 : ~uint64_t{0};
+          half_(threshold == static_cast<int32_t>(kHalf)) {
+        if (threshold <= 0 || threshold >= 65536) {  // one word for all
+            shift_ = 63;
+            group_ = 0;
+            drawn_[0] = threshold <= 0 ? 0 : ~uint64_t{0};
+        } else {
+            shift_ = half_ ? kHalfShift : kShift;
+            last_ = (1 << shift_) - 1;
+        }
     }
 
     uint64_t word(int64_t block) {
-        if (!constant_ && block / kWords != group_) {
-            group_ = block / kWords;
-            words_.draw(group_ * kWords, drawn_);
-        }
-        return drawn_[block % kWords];
+        if (block >> shift_ != group_) draw(block >> shift_);
+        return drawn_[block & last_];
     }
 
   private:
+    static constexpr int kShift = 2, kHalfShift = kShift + 4;  // log2 of the words drawn at once
+    static_assert(kWords == 1 << kShift && sizeof(uint16_t) * kWord * kWords == sizeof(uint64_t) << kHalfShift, "");
+
+    __attribute__((noinline)) void draw(int64_t group) {
+        group_ = group;
+        if (!half_) return words_.draw(group * kWords, drawn_);
+        uint16_t values[kWords * kWord];  // whose bits are the draws of 16 times as many elements
+        words_.values(group * kWords, values);
+        memcpy(drawn_, values, sizeof values);
+        for (uint64_t& word : drawn_) word = ~word;
+    }
+
     NoiseWords words_;
-    bool constant_;
-    uint64_t drawn_[kWords];
-    int64_t group_ = -1;
+    bool half_;
+    int shift_;
+    int64_t last_ = 0, group_ = -1;
+    uint64_t drawn_[1 << kHalfShift];
 };
 
 constexpr int64_t kDrawn = kWords * kWord;  // elements whose draws are made at once

@@ -2,11 +2,12 @@
 
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 
-The noise of the whole library is defined here. Element (or block) i of a tensor takes the 16-bit draw
-    word = philox(counter = (lo32(i // 8), hi32(i // 8), 0, 0), key = (lo32(seed), hi32(seed)))[(i % 8) // 2]
-    draw = (word >> 16 * (i % 2)) & 0xffff
-and is noised when draw < round(p * 65536). So a rate is realised in steps of 2^-16, eight consecutive
-elements share one Philox call, and the mask depends on (seed, i, p) alone.
+The noise of the whole library is defined here. Call c is the four words of
+    philox(counter = (lo32(c), hi32(c), 0, 0), key = (lo32(seed), hi32(seed)))
+as 128 bits, words in turn and low bits first. Element (or block) i of a tensor takes the 16 bits from
+16 (i % 8) on of call i // 8 as its draw, and is noised when draw < round(p * 65536). So a rate is realised
+in steps of 2^-16. At a rate of one half a bit is enough: bit i % 128 of call i // 128, and the element is
+noised when it is 0. The mask depends on (seed, i, p) alone.
 """
 
 import torch
@@ -15,6 +16,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 MASK32 = 0xFFFFFFFF
+HALF = 32768  # the threshold of a rate of one half
 
 
 def _mulhilo(a: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,16 +40,23 @@ def philox(counters: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
 
 
 def threshold(p: float) -> int:
-    """Draws below this 17-bit integer are noised."""
+    """Draws of 16 bits below this integer, up to 65536, are noised."""
     return round(p * 65536)
 
 
-def draws(n: int, seed: torch.Tensor) -> torch.Tensor:
-    """int64 [n] in [0, 2^16): the draws of n consecutive elements (or blocks) under a 0-d int64 seed."""
-    words = philox(torch.arange((n + 7) // 8, device=seed.device), seed)
-    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten()[:n]
+def draw_bits(limit: int) -> int:
+    """Bits of an element's draw at this threshold."""
+    return 1 if limit == HALF else 16
+
+
+def draws(n: int, seed: torch.Tensor, bits: int = 16) -> torch.Tensor:
+    """int64 [n] in [0, 2^bits): the draws of n consecutive elements (or blocks) under a 0-d int64 seed."""
+    calls = torch.arange(-(-n * bits // 128), device=seed.device)
+    shifts = torch.arange(0, 32, bits, device=seed.device)
+    return (philox(calls, seed)[..., None] >> shifts & (1 << bits) - 1).flatten()[:n]
 
 
 def noise_mask(n: int, p: float, seed: torch.Tensor) -> torch.Tensor:
     """Bool [n]: which of n consecutive elements (or blocks) are noised at rate p under a 0-d int64 seed."""
-    return draws(n, seed) < threshold(p)
+    bits = draw_bits(threshold(p))
+    return draws(n, seed, bits) < threshold(p) >> (16 - bits)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...reference.philox import threshold
+from ...reference.philox import draw_bits, threshold
 from . import launch
 from .centroid_noise import centroid_noise
 from .launch import cdiv, power_of_two
@@ -81,6 +81,7 @@ def block_noise_kernel(
     factor,
     threshold,
     seed_ptr,
+    BITS: tl.constexpr,
     MEAN: tl.constexpr,
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -93,7 +94,7 @@ def block_noise_kernel(
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     left = blocks - first
-    noised = tl.reshape(noise_mask(first // 8, seed_ptr, threshold, ROWS // 8), [ROWS])[:, None]
+    noised = tl.reshape(noise_mask(first, seed_ptr, threshold, ROWS, BITS), [ROWS])[:, None]
     # a thread, or two next to each other, have the whole of a short block
     KEPT: tl.constexpr = MEAN and EXACT and COLS <= 8
     if EXACT:
@@ -117,11 +118,18 @@ def block_noise(weight, block_size, p, seed, kind, rescale, dtype=None, codebook
     blocks = weight.numel() // block_size
     factor = 1 / (1 - p) if kind == "zero" and rescale and p < 1 else 1.0
     columns = min(power_of_two(block_size), COLUMNS)
-    rows = max(TILE // columns, 8)
+    rows, limit = max(TILE // columns, 8), threshold(p)
     launch.run(
         block_noise_kernel,
         (cdiv(blocks, rows),),
-        *(weight, out, blocks, block_size, factor, threshold(p), seed),
-        **dict(MEAN=kind == "mean", EXACT=block_size == columns, ROWS=rows, COLS=columns, num_warps=WARPS),
+        *(weight, out, blocks, block_size, factor, limit, seed),
+        **dict(
+            BITS=draw_bits(limit),
+            MEAN=kind == "mean",
+            EXACT=block_size == columns,
+            ROWS=rows,
+            COLS=columns,
+            num_warps=WARPS,
+        ),
     )
     return out

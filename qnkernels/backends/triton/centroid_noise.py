@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...reference.philox import threshold
+from ...reference.philox import draw_bits, threshold
 from . import launch
 from .kmeans import THREADS, coordinates, nearest, points_of_program
 from .launch import cdiv, power_of_two
@@ -29,6 +29,7 @@ def noised_blocks_kernel(
     block_size,
     threshold,
     seed_ptr,
+    BITS: tl.constexpr,
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -44,7 +45,7 @@ def noised_blocks_kernel(
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLS)[None, :]
     inside = row < blocks - first
-    noised = tl.reshape(noise_mask(first // 8, seed_ptr, threshold, ROWS // 8), [ROWS])
+    noised = tl.reshape(noise_mask(first, seed_ptr, threshold, ROWS, BITS), [ROWS])
     listed = (noised & inside).to(tl.int32)
     position = tl.atomic_add(count_ptr, tl.sum(listed).to(tl.int64), sem="relaxed")
     position += tl.cumsum(listed, axis=0) - listed
@@ -95,7 +96,7 @@ def centroid_noise(weight, p, seed, dtype, codebook):
         noised_blocks_kernel,
         (cdiv(blocks, rows),),
         *(weight, out, indices, count, blocks, d, limit, seed),
-        **dict(EXACT=columns == d, ROWS=rows, COLS=columns, num_warps=8),
+        **dict(BITS=draw_bits(limit), EXACT=columns == d, ROWS=rows, COLS=columns, num_warps=8),
     )
     if limit:
         size = points_of_program(int(p * blocks), d, weight.device)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...reference.philox import threshold
+from ...reference.philox import draw_bits, threshold
 from ..native import layout
 from . import launch
 from .launch import cdiv
@@ -82,7 +82,7 @@ def _forward_tile(
     else:
         y = (nearest_code(x, scale, zero_point, top) - zero_point) * scale
     if DRAW:
-        y = tl.where(noise_mask(first // 8, seed_ptr, threshold, BLOCK // 8), y, x)
+        y = tl.where(noise_mask(first, seed_ptr, threshold, BLOCK, DRAW), y, x)
     tl.store(y_ptr + first + offset, from_fp32(y, y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -104,7 +104,7 @@ def fake_quantize_kernel(
 ):
     """y_i = (clamp(round(x_i / s + z), 0, 2^bits - 1) - z) * s where draw_i < threshold, x_i elsewhere.
 
-    x, y [n]; scale, zero_point fp32 [channels]. Without DRAW every element is noised.
+    x, y [n]; scale, zero_point fp32 [channels]. DRAW: bits of a draw, 0 if every element is noised.
     Floor: bytes of x + bytes of y per element.
     """
     # n fixes the width of all index arithmetic: 32 bits, or 64 from 2^31 elements on
@@ -144,10 +144,12 @@ def _backward_tile(
     offset = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = None if FULL else offset < n - first
     x = to_fp32(tl.load(x_ptr + first + offset, mask=inside))
+    if DRAW:
+        noised = noise_mask(first, seed_ptr, threshold, BLOCK, DRAW)
     scale, zero_point = quantizer(scale_ptr, zero_point_ptr, first, channels, inner, BLOCK, SPAN)
     stopped = (x < (0.0 - zero_point) * scale) | (x > (largest_code(bits_ptr) - zero_point) * scale)
     if DRAW:
-        stopped = stopped & noise_mask(first // 8, seed_ptr, threshold, BLOCK // 8)
+        stopped = noised & stopped
     dtype = grad_x_ptr.dtype.element_ty
     if grad_ptr is None:
         written = stopped if FULL else stopped & inside
@@ -211,7 +213,12 @@ def fake_quantize(x, scale, zero_point, bits, p, seed, axis=None, group_size=Non
         fake_quantize_kernel,
         (cdiv(n, BLOCK),),
         *(x, y, n, scale, zero_point, channels, inner, bits, limit, seed),
-        **dict(DRAW=limit < 65536, SPAN=span(channels, inner, BLOCK), BLOCK=BLOCK, num_warps=WARPS),
+        **dict(
+            DRAW=draw_bits(limit) if limit < 65536 else 0,
+            SPAN=span(channels, inner, BLOCK),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        ),
     )
     return y
 
@@ -229,7 +236,7 @@ def fake_quantize_backward(grad, x, scale, zero_point, bits, p, seed, axis=None,
         (cdiv(n, BACKWARD_BLOCK),),
         *(grad_x, None if in_place else grad, x, n, scale, zero_point, channels, inner, bits, limit, seed),
         **dict(
-            DRAW=limit < 65536,
+            DRAW=draw_bits(limit) if limit < 65536 else 0,
             SPAN=span(channels, inner, BACKWARD_BLOCK),
             BLOCK=BACKWARD_BLOCK,
             num_warps=WARPS,

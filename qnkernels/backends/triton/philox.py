@@ -39,37 +39,43 @@ def philox(c0, c1, k0, k1):
 
 
 @triton.jit
+def _words(c0, c1, seed_ptr):
+    """uint32 [n, 4]: the words of calls c0 + 2^32 c1, uint32 [n], in turn; seed int64 []."""
+    seed = tl.load(seed_ptr)
+    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, k0, k1)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [c0.shape[0], 4])
+
+
+@triton.jit
 def draws(first_call, seed_ptr, CALLS: tl.constexpr):
     """uint32 [CALLS, 8] in [0, 2^16): draws of 8 * CALLS elements from 8 * first_call on; seed int64 []."""
-    counter = first_call.to(tl.int64) + tl.arange(0, CALLS)
-    seed = tl.load(seed_ptr)
-    w0, w1, w2, w3 = philox(
-        (counter & 0xFFFFFFFF).to(tl.uint32),
-        ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32),
-        (seed & 0xFFFFFFFF).to(tl.uint32),
-        ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32),
-    )
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [CALLS, 4])
+    call = first_call.to(tl.int64) + tl.arange(0, CALLS)
+    words = _words((call & 0xFFFFFFFF).to(tl.uint32), ((call >> 32) & 0xFFFFFFFF).to(tl.uint32), seed_ptr)
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [CALLS, 8])
 
 
 @triton.jit
-def noise_mask(first_call, seed_ptr, threshold, CALLS: tl.constexpr):
-    """Bool [CALLS, 8]: which of the 8 * CALLS elements (or blocks) from 8 * first_call on are noised.
+def noise_mask(first, seed_ptr, threshold, N: tl.constexpr, BITS: tl.constexpr):
+    """Bool [N / 8, 8]: which of the N elements (or blocks) from `first` on are noised.
 
-    first_call: a multiple of CALLS, a power of two, so that one high counter word serves all; seed int64 [];
-    threshold int32 in [0, 65536]. Draws are the 16-bit halves of the words, low half first.
+    first: a multiple of N, a power of two from 8 on; seed int64 []; threshold int32 in [0, 65536]. BITS: of a
+    draw, 16, or 1 where the threshold is 32768.
     """
-    first_call = first_call.to(tl.int64)
-    seed = tl.load(seed_ptr)
-    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
-    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c0 = (first_call & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, CALLS).to(tl.uint32)
-    c1 = tl.zeros_like(c0) + ((first_call >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    w0, w1, w2, w3 = philox(c0, c1, k0, k1)
-    # [CALLS, 2, 2] in the order w0, w1, w2, w3
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [CALLS, 4])
-    threshold = threshold.to(tl.uint32)
-    low = (words & 0xFFFF) < threshold
-    high = (words >> 16) < threshold
-    return tl.reshape(tl.join(low, high), [CALLS, 8])
+    CALLS: tl.constexpr = max(N * BITS // 128, 1)
+    call = first.to(tl.int64) // (128 // BITS)
+    # a multiple of CALLS, which is a power of two: one high counter word serves all
+    c0 = (call & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, CALLS).to(tl.uint32)
+    c1 = tl.zeros_like(c0) + ((call >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    words = _words(c0, c1, seed_ptr)
+    if BITS == 1:
+        eights = tl.reshape(words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :], [16 * CALLS])
+        if N < 128:
+            eights = tl.gather(eights, (first // 8 % 16).to(tl.int32) + tl.arange(0, N // 8), axis=0)
+        noised = ((eights[:, None] >> tl.arange(0, 8)[None, :]) & 1) == 0
+    else:
+        threshold = threshold.to(tl.uint32)
+        low = (words & 0xFFFF) < threshold
+        high = (words >> 16) < threshold
+        noised = tl.reshape(tl.join(low, high), [N // 8, 8])
+    return noised

@@ -11,6 +11,7 @@ from ..reference import pq as reference_pq
 from ..reference import range as reference_range
 from ..reference.philox import threshold
 from . import BackendUnavailable
+from .memory import empty
 from .native import (
     CPU_ARGTYPES,
     DTYPES,
@@ -106,7 +107,7 @@ class CpuKernels:
         return torch.empty(shape), torch.empty(shape)
 
     def fake_quantize(self, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, dtype=None):
-        y = torch.empty(x.shape, dtype=dtype or x.dtype)
+        y = empty(x.shape, dtype or x.dtype)
         _, channels, inner = layout(x, axis, group_size)
         status = self._c["fake_quantize"](
             *(x.data_ptr(), DTYPES[x.dtype], y.data_ptr(), DTYPES[y.dtype], x.numel()),
@@ -119,7 +120,7 @@ class CpuKernels:
     def fake_quantize_backward(
         self, grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, out=None
     ):
-        grad_x = torch.empty_like(x) if out is None else out
+        grad_x = empty(x.shape, x.dtype) if out is None else out
         _, channels, inner = layout(x, axis, group_size)
         status = self._c["fake_quantize_backward"](
             *(
@@ -137,7 +138,7 @@ class CpuKernels:
         return grad_x
 
     def dynamic_fake_quantize(self, x, bits, seed, per_sample, stochastic, dtype=None):
-        y = torch.empty(x.shape, dtype=dtype or x.dtype)
+        y = empty(x.shape, dtype or x.dtype)
         samples = len(x) if per_sample else 1
         status = self._c["dynamic_fake_quantize"](
             *(x.data_ptr(), DTYPES[x.dtype], y.data_ptr(), DTYPES[y.dtype], samples, x.numel() // samples),
@@ -156,7 +157,7 @@ class CpuKernels:
             high.copy_(packed[1])
             return result
         y, scale, zero_point = (
-            torch.empty(x.shape, dtype=dtype or x.dtype),
+            empty(x.shape, dtype or x.dtype),
             *map(torch.empty_like, (low, high)),
         )
         status = self._c["moving_fake_quantize"](
@@ -168,9 +169,9 @@ class CpuKernels:
         return y, scale, zero_point
 
     def low_precision_operands_(self, x, weight, low, high, step, bits, momentum, moves, per_channel):
-        y, n = torch.empty_like(x), x.numel()
+        y, n = empty(x.shape, x.dtype), x.numel()
         outside = torch.empty((n + 7) // 8, dtype=torch.uint8)
-        weight_y = torch.empty_like(weight, dtype=x.dtype)
+        weight_y = empty(weight.shape, x.dtype)
         rows = len(weight) if per_channel else 1
         status = self._low_precision_operands(
             x.data_ptr(),
@@ -201,7 +202,7 @@ class CpuKernels:
         raise_for_status(status)
 
     def block_noise(self, weight, block_size, p, seed, kind, rescale, dtype=None, codebook=None):
-        out = torch.empty(weight.shape, dtype=dtype or weight.dtype)
+        out = empty(weight.shape, dtype or weight.dtype)
         if codebook is not None:
             status = self._c["block_noise_centroid"](
                 *(weight.data_ptr(), DTYPES[weight.dtype], out.data_ptr(), DTYPES[out.dtype]),
@@ -308,7 +309,7 @@ class CpuKernels:
 
     def int_embedding(self, indices, weight, scale, zero_point, bits, dtype):
         rows, k = weight.shape[0], weight.shape[1] * 8 // bits
-        out = torch.empty((*indices.shape, k), dtype=dtype)
+        out = empty((*indices.shape, k), dtype)
         status = self._c["int_embedding"](
             *(indices.data_ptr(), indices.numel(), weight.data_ptr(), scale.data_ptr(), pointer(zero_point)),
             *(out.data_ptr(), DTYPES[dtype], rows, k, scale.shape[1], bits),
@@ -391,7 +392,7 @@ class CpuKernels:
 
     def _decode(self, indices, count, codes, codebook):
         (rows, blocks), (_, d) = codes.shape, codebook.shape
-        out, codewords = codebook.new_empty(count, blocks * d), codebook.float()
+        out, codewords = empty((count, blocks * d), codebook.dtype), codebook.float()
         status = self._c["pq_embedding"](
             *(pointer(indices), count, codes.data_ptr(), codes.element_size(), *codes.stride()),
             *(codewords.data_ptr(), out.data_ptr(), DTYPES[out.dtype], rows, blocks, d),

@@ -161,6 +161,12 @@ inline __m512i to_bf16(__m512i low, __m512i high) {
 #endif
 }
 
+// total + the sums of two products each of bf16, in fp32.
+__attribute__((always_inline)) inline __m512i bf16_products(__m512i total, __m512i codes, __m512i x) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(codes), "v"(x));
+    return total;
+}
+
 class Bf16Form {
   public:
     static constexpr bool kBytes = false;
@@ -178,17 +184,22 @@ class Bf16Form {
     }
     static int line_shift(int bits) { return bits == 8 ? 1 : 2; }
 
-    // False where a row has only magnitudes so small that tiles would take parts of it for zero.
-    bool take(const bf16* x, int64_t tokens) {
-        x_ = x;
-        tokens_ = tokens;
+    // Codes 0 to 15 less a zero point, twice over.
+    static __m512i values_of(int zero) {
+        const __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i values = _mm512_sub_epi32(codes, _mm512_set1_epi32(zero));
+        return to_bf16(values, values);
+    }
+
+    // False where a row [k] has only magnitudes so small that products would take parts of it for zero.
+    static bool holds(const bf16* x, int64_t tokens, int64_t k) {
         constexpr uint32_t kLeast = (127 - 100) << 7;  // 2^-100
         bool all = true;
         for (int64_t t = 0; t < tokens && all; ++t) {
             __m512i most = _mm512_setzero_si512();
-            for (int64_t i = 0; i < w_.k; i += 32) {
-                const __mmask32 mask = w_.k - i < 32 ? (__mmask32{1} << (w_.k - i)) - 1 : ~__mmask32{0};
-                const __m512i magnitude = _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x + t * w_.k + i),
+            for (int64_t i = 0; i < k; i += 32) {
+                const __mmask32 mask = k - i < 32 ? (__mmask32{1} << (k - i)) - 1 : ~__mmask32{0};
+                const __m512i magnitude = _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x + t * k + i),
                                                            _mm512_set1_epi16(0x7fff));
                 most = _mm512_max_epu16(most, magnitude);
                 if (i == 0 && _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(kLeast))) break;
@@ -196,6 +207,12 @@ class Bf16Form {
             all = _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(kLeast)) || !_mm512_test_epi16_mask(most, most);
         }
         return all;
+    }
+
+    bool take(const bf16* x, int64_t tokens) {
+        x_ = x;
+        tokens_ = tokens;
+        return holds(x, tokens, w_.k);
     }
     int64_t tokens() const { return tokens_; }
 
@@ -287,11 +304,7 @@ class Bf16Form::Row<8> {
 template <>
 class Bf16Form::Row<4> {
   public:
-    explicit Row(int zero) {
-        const __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i values = _mm512_sub_epi32(codes, _mm512_set1_epi32(zero));
-        values_ = to_bf16(values, values);
-    }
+    explicit Row(int zero) : values_(values_of(zero)) {}
 
     __m512i decode(const uint8_t* from) const { return decode(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
     __m512i decode(const uint8_t* from, int64_t columns) const {
@@ -307,7 +320,7 @@ class Bf16Form::Row<4> {
         return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(at, halves), values_);
     }
 
-    __m512i values_;  // of codes 0 to 15, twice over
+    __m512i values_;
 };
 
 #endif

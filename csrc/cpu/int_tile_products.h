@@ -136,12 +136,6 @@ inline void direct_product(const uint8_t* a, int64_t row_bytes, const uint8_t* b
 }
 constexpr bool kDirect = true, kScales = false;
 #else
-// total + the sums of two products each of bf16, in fp32.
-__attribute__((always_inline)) inline __m512i bf16_products(__m512i total, __m512i codes, __m512i x) {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(codes), "v"(x));
-    return total;
-}
-
 // c [Rows, `apart`] (+)= products of Rows rows of a 64 bytes apart, of each step 2 tiles; with scales c holds totals in
 // fp32. (Not inlined: beside other code the compiler stores sums that would fit the registers.)
 template <typename Form, int Rows, int Tiles>

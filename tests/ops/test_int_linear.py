@@ -169,17 +169,18 @@ def test_long_rows_of_one_sign(bits):
                     assert_within(y, exact, bound + groups * UNIT * exact.abs())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("x_scale", "scale"),
-    [(1e-30, 1.0), (1e-12, 1e-12), (1.0, 1e-30), (1e30, 1.0), (1e30, 1e-20), (1.0, 1e20)],
+    [(1e-36, 1.0), (1e-30, 1.0), (1e-12, 1e-12), (1.0, 1e-30), (1e30, 1.0), (1e30, 1e-20), (1.0, 1e20)],
 )
-def test_other_magnitudes(x_scale, scale):
-    for bits, groups in ((8, 1), (4, 4)):
-        packed = random_packed(33, 128, bits, groups, seeded(31))
+def test_other_magnitudes(x_scale, scale, dtype):
+    for bits, groups in ((8, 1), (4, 4), (4, 2)):
+        packed = random_packed(33, 256, bits, groups, seeded(31))
         scaled = Packed(packed.codes, packed.scale * scale, packed.zero_point, bits)
         for m in (1, 4, 17, 70):
-            x = torch.randn(m, 128, generator=seeded(m))
-            check(x * x_scale, scaled)
+            x = torch.randn(m, 256, generator=seeded(m))
+            check((x * x_scale).to(dtype), scaled)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

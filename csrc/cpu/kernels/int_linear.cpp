@@ -3,12 +3,13 @@
 //
 // Floor: n * k * bits / 8 bytes of weight, read once; n * k * m products of bytes, three times as many where x is not
 // quantized. With AVX-512 activations become bytes, whose sums are exact integers (int_activations.h), or, from some
-// tokens on, stay bf16 where they are; the weight is multiplied where it lies for a few tokens (int_rows.h) and by tiles
-// for more (int_tiles.h).
+// tokens on, stay bf16 where they are; the weight is multiplied where it lies for a few tokens (int_rows.h,
+// int_grouped_rows.h, int_bf16_rows.h) and by tiles for more (int_tiles.h).
 #include <type_traits>
 
 #include "cpu/by_dtype.h"
 #include "cpu/extremes.h"
+#include "cpu/int_bf16_rows.h"
 #include "cpu/int_grouped_rows.h"
 #include "cpu/int_plain.h"
 #include "cpu/int_tiles.h"
@@ -61,6 +62,10 @@ int multiply_tiles(const T* x, const Packed& w, const Segments& segments, const 
 
 template <typename T>
 int multiply(const T* x, const Packed& w, Quantization how, const float* bias, T* y, int64_t m, bool& representable) {
+    if constexpr (std::is_same_v<T, bf16>) {
+        if (how.bytes > 1 && Bf16RowProduct::serves(w, m) && Bf16Form::holds(x, m, w.k))
+            return multiply_rows(Bf16RowProduct(w, x, m), w, bias, y);
+    }
     const Segments segments(w);
     if (!segments) return QNK_NO_MEMORY;
     // (more rows than three are faster in tiles, where tiles need no unpacking)

@@ -43,9 +43,20 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    name = names[0] if names else platform.processor() or platform.machine()
+    name = processor_name(cpuinfo.read_text()) if cpuinfo.exists() else ""
+    name = name or platform.processor() or platform.machine()
     return f"{name} x{os.cpu_count()} {_instruction_set()}".strip()
+
+
+def processor_name(cpuinfo: str) -> str:
+    """The model, and its family where that says no more than the make, "AMD EPYC"; "" if there is none."""
+    name, family = (
+        re.search(rf"^{field}\s*:\s*(.+)$", cpuinfo, re.MULTILINE) for field in ("model name", "cpu family")
+    )
+    if name is None:
+        return ""
+    told = re.search(r"\d", name[1]) or not name[1].startswith("AMD") or family is None
+    return name[1] if told else f"{name[1]} family {family[1]}"
 
 
 def folder_name(device_name: str) -> str:

@@ -186,6 +186,20 @@ def test_folder_names_are_plain():
     assert environment.folder_name("Intel(R) Xeon(R) Processor x2 amx") == "intel-xeon-processor-x2-amx"
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("AMD EPYC", "AMD EPYC family 25"),
+        ("AMD EPYC 9354 32-Core Processor", "AMD EPYC 9354 32-Core Processor"),
+        ("Intel(R) Xeon(R) Processor", "Intel(R) Xeon(R) Processor"),
+    ],
+)
+def test_a_processor_is_told_from_others_of_its_make(model, name):
+    lines = f"processor\t: 0\nvendor_id\t: X\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {model}\n"
+    assert environment.processor_name(lines + "\n" + lines) == name
+    assert environment.processor_name("") == ""
+
+
 def test_what_a_run_ran_on_is_complete():
     described = environment.describe(CPU)
     assert tuple(described) == environment.FIELDS

@@ -40,8 +40,9 @@ class Activations {
 
     explicit operator bool() const { return codes_ && scale_ && zero_ && sums_ && lost_; }
 
-    // Rows [tokens, k] of x; false where the fixed-point form has no unit for one: infinities, NaN, magnitudes of 2^-100
-    // and less. Rows that have no 8-bit quantizer get the scale NaN.
+    // Rows [tokens, k] of x; false where the fixed-point form does not serve one: infinities, NaN, magnitudes of 2^-100 and
+    // less, and of 2^100 and more, whose sums may be infinite before they are scaled. Rows that have no 8-bit quantizer get
+    // the scale NaN.
     template <typename T>
     bool quantize(const T* x, int64_t tokens) {
         tokens_ = tokens;
@@ -91,7 +92,7 @@ class Activations {
         }
         const float most = largest_magnitude(x);
         zero_.get()[t] = 0;
-        if (!(most == 0.0f || (most > 0x1p-100f && most < bits_float(0x7f800000u)))) return false;
+        if (!(most == 0.0f || (most > 0x1p-100f && most < 0x1p100f))) return false;
         // 2^(exponent - 1) <= most < 2^exponent
         const int exponent = most == 0.0f ? 0 : static_cast<int>(float_bits(most) >> 23) - 126;
         const int unit = exponent - (how_.bytes == 3 ? 22 : 14);

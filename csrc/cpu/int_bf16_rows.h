@@ -16,10 +16,8 @@ inline namespace QNK_ISA {
 
 class Bf16RowProduct {
   public:
-    Bf16RowProduct(const Packed& w, const bf16* x, int64_t tokens)
-        : w_(w), tokens_(tokens), values_(16 * 32), x_(tokens * w.k) {
-        if (!*this) return;
-        for (int zero = 0; zero < 16; ++zero) _mm512_store_si512(values_.get() + zero * 32, Bf16Form::values_of(zero));
+    Bf16RowProduct(const Packed& w, const bf16* x, int64_t tokens) : w_(w), tokens_(tokens), x_(tokens * w.k) {
+        if (!x_) return;
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t column = 0; column < w.k; column += kUnit) deal(x + t * w.k + column, x_.get() + t * w.k + column);
     }
@@ -28,7 +26,7 @@ class Bf16RowProduct {
         return !kHasTiles && has_bf16_products() && w.bits == 4 && w.group_size() % kUnit == 0 && tokens <= kMostTokens;
     }
 
-    explicit operator bool() const { return values_ && x_; }
+    explicit operator bool() const { return static_cast<bool>(x_); }
 
     // Rows [begin, end) of the weight, y [tokens, n].
     void multiply(const float* bias, bf16* y, int64_t begin, int64_t end) const {
@@ -54,8 +52,18 @@ class Bf16RowProduct {
     }
 
   private:
-    static constexpr int64_t kMostTokens = 14, kAtOnce = 4;  // whose sums fit the registers
-    static constexpr int64_t kUnit = 128;                    // columns, in 64 bytes
+    static constexpr int64_t kMostTokens = 14;  // more are as fast or faster in tiles of 16
+    static constexpr int64_t kAtOnce = 4;       // tokens whose sums in a group fit the registers, for 4 rows
+    static constexpr int64_t kUnit = 128;       // columns, in 64 bytes
+
+    // Codes 0 to 15 less each zero point (those of 16 and more are allowed, and exact in bf16), twice over.
+    struct Tables {
+        alignas(64) uint16_t values[256][32];
+
+        Tables() {
+            for (int zero = 0; zero < 256; ++zero) _mm512_store_si512(values[zero], Bf16Form::values_of(zero));
+        }
+    };
 
     // to [4][32] <- columns 4 l + j of 128 in lane l of row j: lane l of codes holds these.
     static void deal(const bf16* x, bf16* to) {
@@ -101,7 +109,9 @@ class Bf16RowProduct {
         const uint8_t *codes = w_.row(o), middle[Rows] = {}, *zero = w_.zero ? w_.zero + o * groups : middle;
         const int64_t zeros_apart = w_.zero ? groups : 0, next_zero = w_.zero ? 1 : 0;
         const float* scale = w_.scale + o * groups;
-        const bf16 *values = values_.get() + (w_.zero ? 0 : 8 * 32), *x = x_.get() + t * next;
+        static const Tables tables;
+        const uint16_t(*values)[32] = tables.values + (w_.zero ? 0 : 8);
+        const bf16* x = x_.get() + t * next;
         Vec sums[Rows][Tokens];
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r)
@@ -125,7 +135,7 @@ class Bf16RowProduct {
                     __m512i value[Rows];
 #pragma GCC unroll 4
                     for (int r = 0; r < Rows; ++r) {  // (of each lane five bits count)
-                        value[r] = _mm512_permutexvar_epi16(bytes[r], _mm512_load_si512(values + 32 * zero[r * zeros_apart]));
+                        value[r] = _mm512_permutexvar_epi16(bytes[r], _mm512_load_si512(values[zero[r * zeros_apart]]));
                         bytes[r] = _mm512_srli_epi16(bytes[r], 4);
                     }
 #pragma GCC unroll 8
@@ -152,8 +162,7 @@ class Bf16RowProduct {
 
     const Packed& w_;
     int64_t tokens_;
-    Buffer<bf16> values_;  // [zero points][32]: of codes 0 to 15, twice over
-    Buffer<bf16> x_;       // [tokens][k / 128][4][32], see deal()
+    Buffer<bf16> x_;  // [tokens][k / 128][4][32], see deal()
 };
 
 #endif

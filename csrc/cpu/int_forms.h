@@ -191,22 +191,25 @@ class Bf16Form {
         return to_bf16(values, values);
     }
 
-    // False where a row [k] has only magnitudes so small that products would take parts of it for zero.
+    // False where a row [k] has only magnitudes so small that products would take parts of it for zero, or finite ones so
+    // large that their sums may be infinite before they are scaled.
     static bool holds(const bf16* x, int64_t tokens, int64_t k) {
-        constexpr uint32_t kLeast = (127 - 100) << 7;  // 2^-100
-        bool all = true;
-        for (int64_t t = 0; t < tokens && all; ++t) {
+        const auto bits_of = [](int exponent) { return _mm512_set1_epi16(static_cast<int16_t>((127 + exponent) << 7)); };
+        const __m512i least = bits_of(-100), large = bits_of(100), infinite = bits_of(128);
+        for (int64_t t = 0; t < tokens; ++t) {
             __m512i most = _mm512_setzero_si512();
+            __mmask32 huge = 0;
             for (int64_t i = 0; i < k; i += 32) {
                 const __mmask32 mask = k - i < 32 ? (__mmask32{1} << (k - i)) - 1 : ~__mmask32{0};
                 const __m512i magnitude = _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x + t * k + i),
                                                            _mm512_set1_epi16(0x7fff));
                 most = _mm512_max_epu16(most, magnitude);
-                if (i == 0 && _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(kLeast))) break;
+                huge |= _mm512_mask_cmplt_epu16_mask(_mm512_cmpge_epu16_mask(magnitude, large), magnitude, infinite);
             }
-            all = _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(kLeast)) || !_mm512_test_epi16_mask(most, most);
+            const bool tiny = !_mm512_cmpge_epu16_mask(most, least) && _mm512_test_epi16_mask(most, most);
+            if (tiny || huge) return false;
         }
-        return all;
+        return true;
     }
 
     bool take(const bf16* x, int64_t tokens) {

@@ -37,7 +37,8 @@ class GroupedRowProduct {
 
     // A lane holds sums of up to 32 products of 15 by 2^22, which fit 31 bits.
     static bool serves(const Packed& w, const Segments& segments, int bytes, int64_t tokens) {
-        return w.bits == 4 && tokens <= kMostTokens && bytes > 1 && segments.count() > 1 && w.group_size() <= 512;
+        return w.bits == 4 && tokens <= kMostTokens && bytes > 1 && segments.count() > 1 && w.group_size() <= 512 &&
+               w.zeros_are_codes();
     }
 
     explicit operator bool() const { return static_cast<bool>(shifts_); }

@@ -22,6 +22,12 @@ struct Packed {
     int64_t row_bytes() const { return k * bits / 8; }
     const uint8_t* row(int64_t r) const { return codes + r * row_bytes(); }
     int zero_point(int64_t r, int64_t g) const { return zero ? zero[r * groups + g] : 1 << (bits - 1); }
+    // Whether all zero points are codes themselves; others are allowed.
+    bool zeros_are_codes() const {
+        uint8_t most = 0;
+        for (int64_t i = 0; zero && i < n * groups; ++i) most = zero[i] > most ? zero[i] : most;
+        return most < 1 << bits;
+    }
 };
 
 // Columns whose products of two 8-bit codes, each less its zero point, fit a 32-bit sum: 255 * 255 * 32768 < 2^31.

@@ -29,7 +29,7 @@ class WordProduct {
 
     WordProduct(const Packed& w, int64_t m) : w_(w), m_(m), words_(m * Parts * w.k) {}
 
-    // representable: false where a row has no fixed point, with infinities, NaN or magnitudes of 2^-100 and less.
+    // representable: false where a row has no fixed point, see Activations.
     template <typename T>
     int multiply(const T* x, const float* x_scale, const float* x_zero_point, const float* bias, T* y,
                  bool& representable) {
@@ -77,7 +77,7 @@ class WordProduct {
     bool to_fixed_point(const T* x, int64_t t) {
         const Extremes range = extremes(x, w_.k);
         const float most = -range.low > range.high ? -range.low : range.high;  // NaN: both are
-        if (!(most == 0.0f || (most > 0x1p-100f && most < bits_float(0x7f800000u)))) return false;
+        if (!(most == 0.0f || (most > 0x1p-100f && most < 0x1p100f))) return false;
         // 2^(exponent - 1) <= most < 2^exponent
         const int exponent = most == 0.0f ? 0 : static_cast<int>(float_bits(most) >> 23) - 126;
         const int unit = exponent - 2 * kShift + 1;

@@ -147,15 +147,18 @@ class Noise {
 
   private:
     static constexpr int kShift = 2, kHalfShift = kShift + 4;  // log2 of the words drawn at once
-    static_assert(kWords == 1 << kShift && sizeof(uint16_t) * kWord * kWords == sizeof(uint64_t) << kHalfShift, "");
+    static_assert(kWords == 1 << kShift && kWords * kWord == 4 << kHalfShift, "");
 
     __attribute__((noinline)) void draw(int64_t group) {
         group_ = group;
         if (!half_) return words_.draw(group * kWords, drawn_);
         uint16_t values[kWords * kWord];  // whose bits are the draws of 16 times as many elements
         words_.values(group * kWords, values);
-        memcpy(drawn_, values, sizeof values);
-        for (uint64_t& word : drawn_) word = ~word;
+        for (int w = 0; w < 1 << kHalfShift; ++w) {
+            uint64_t word = 0;
+            for (int j = 0; j < 4; ++j) word |= static_cast<uint64_t>(values[4 * w + j]) << (16 * j);
+            drawn_[w] = ~word;
+        }
     }
 
     NoiseWords words_;

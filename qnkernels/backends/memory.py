@@ -1,6 +1,7 @@
 """Memory for large results."""
 
 import ctypes
+import functools
 import mmap
 
 import torch
@@ -15,10 +16,17 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     The first write to a page asks the system for it, which with pages of 4 KiB takes several times as long as
     all else that an elementwise kernel does.
     """
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if tensor.nbytes >= LARGE:
         _advise_large_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+@functools.cache
+def _madvise():
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return function
 
 
 def _advise_large_pages(address: int, size: int) -> None:
@@ -27,4 +35,4 @@ def _advise_large_pages(address: int, size: int) -> None:
         return
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (address + size - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    _madvise()(first, length, mmap.MADV_HUGEPAGE)

@@ -124,15 +124,17 @@ def test_fake_quantize_of_more_than_2_31_elements(device, backend):
     x = torch.empty(n, dtype=torch.bfloat16, device=device).normal_()
     s, z = torch.tensor(0.1, device=device), torch.tensor(128.0, device=device)
     seed = torch.tensor(77, device=device)
-    with qnk.backend(backend):
-        y = F.fake_quantize(x, s, z, 8, p=0.5, seed=seed)
-    for start in (0, 2**31 - 512, n - 803):
-        piece = slice(start - start % 8, min(start - start % 8 + 800, n))
-        some = x[piece].cpu()
-        words = philox(torch.arange(piece.start // 8, (piece.stop + 7) // 8), seed.cpu())
-        draws = torch.stack((words & 0xFFFF, words >> 16), -1).flatten()[: len(some)]
-        quantized = reference_fake_quantize(some, s.cpu(), z.cpu(), torch.tensor(8), 1.0, seed.cpu())
-        assert_same_values(y[piece], torch.where(draws < 32768, quantized, some))
+    for p, bits in ((0.25, 16), (0.5, 1)):
+        with qnk.backend(backend):
+            y = F.fake_quantize(x, s, z, 8, p=p, seed=seed)
+        for start in (0, 2**31 - 512, n - 899):
+            piece = slice(start - start % 128, min(start - start % 128 + 896, n))
+            some = x[piece].cpu()
+            calls = torch.arange(piece.start * bits // 128, -(-piece.stop * bits // 128))
+            shifts = torch.arange(0, 32, bits)
+            draws = (philox(calls, seed.cpu())[..., None] >> shifts & (1 << bits) - 1).flatten()[: len(some)]
+            quantized = reference_fake_quantize(some, s.cpu(), z.cpu(), torch.tensor(8), 1.0, seed.cpu())
+            assert_same_values(y[piece], torch.where(draws < p * 2**bits, quantized, some))
 
 
 @pytest.mark.of("fake_quantize_backward")
@@ -231,10 +233,11 @@ def test_block_noise_without_rescaling_into_another_dtype(device, backend):
 
 @pytest.mark.of("fake_quantize")
 @pytest.mark.needs_cuda
+@pytest.mark.parametrize("p", [0.3, 0.5])
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**62 + 12345])
-def test_the_mask_is_that_of_the_cpu(device, backend, seed):
+def test_the_mask_is_that_of_the_cpu(device, backend, seed, p):
     """On ones, with a scale that moves them, the output shows the mask itself."""
-    n, p = 5_000_011, 0.3
+    n = 5_000_011
     x, s, z = torch.ones(n, device=device), torch.tensor(0.7, device=device), torch.tensor(0.0, device=device)
     with qnk.backend(backend):
         noised = F.fake_quantize(x, s, z, 8, p=p, seed=seed) != 1

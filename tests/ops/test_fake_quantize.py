@@ -94,7 +94,8 @@ def test_nan_and_infinity():
         assert_identical(y, y[:4].repeat(9))
 
 
-def test_noise_does_not_depend_on_threads_dtype_or_shape():
+@pytest.mark.parametrize("p", [0.3, 0.5])
+def test_noise_does_not_depend_on_threads_dtype_or_shape(p):
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(129, 1037, generator=generator)
     threads = torch.get_num_threads()
@@ -102,15 +103,15 @@ def test_noise_does_not_depend_on_threads_dtype_or_shape():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(F.fake_quantize(x, 0.1, 128.0, p=0.3, seed=99))
+            results.append(F.fake_quantize(x, 0.1, 128.0, p=p, seed=99))
     finally:
         torch.set_num_threads(threads)
     assert_identical(results[1], results[0])
     assert_identical(results[2], results[0])
-    assert_identical(F.fake_quantize(x.flatten(), 0.1, 128.0, p=0.3, seed=99), results[0].flatten())
+    assert_identical(F.fake_quantize(x.flatten(), 0.1, 128.0, p=p, seed=99), results[0].flatten())
     coarse = x.bfloat16()
-    noised = F.fake_quantize(coarse.float(), 0.1, 128.0, p=0.3, seed=99)
-    assert_identical(F.fake_quantize(coarse, 0.1, 128.0, p=0.3, seed=99), noised.bfloat16())
+    noised = F.fake_quantize(coarse.float(), 0.1, 128.0, p=p, seed=99)
+    assert_identical(F.fake_quantize(coarse, 0.1, 128.0, p=p, seed=99), noised.bfloat16())
 
 
 def test_large_tensor_uses_counters_past_one_chunk():

@@ -172,7 +172,10 @@ def test_long_rows_of_one_sign(bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("x_scale", "scale"),
-    [(1e-36, 1.0), (1e-30, 1.0), (1e-12, 1e-12), (1.0, 1e-30), (1e30, 1.0), (1e30, 1e-20), (1.0, 1e20)],
+    [
+        *((1e-36, 1.0), (1e-30, 1.0), (1e-12, 1e-12), (1.0, 1e-30)),
+        *((1e30, 1.0), (1e30, 1e-20), (3e37, 1e-20), (1.0, 1e20)),
+    ],
 )
 def test_other_magnitudes(x_scale, scale, dtype):
     for bits, groups in ((8, 1), (4, 4), (4, 2)):
@@ -186,11 +189,11 @@ def test_other_magnitudes(x_scale, scale, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_are_not_finite_leave_the_others_alone(backend, dtype):
     """They are not finite anywhere, as in a plain product; zeros and huge rows beside them are exact."""
-    for bits, groups in ((8, 1), (4, 2)):
-        packed = random_packed(33, 128, bits, groups, seeded(32), unit=2**-10)
+    for bits, groups in ((8, 1), (4, 4), (4, 2)):
+        packed = random_packed(33, 256, bits, groups, seeded(32), unit=2**-10)
         decoded = packed.decoded().float()
         for m in (1, 2, 5, 17, 64):
-            x = torch.randn(m, 128, generator=seeded(m)).to(dtype)
+            x = torch.randn(m, 256, generator=seeded(m)).to(dtype)
             x[m // 3] *= 1000
             x[m // 4] = 0
             for poison in (float("nan"), float("inf"), float("-inf")):
@@ -203,6 +206,17 @@ def test_rows_that_are_not_finite_leave_the_others_alone(backend, dtype):
                     finite = torch.nn.functional.linear(poisoned.float(), decoded).isfinite()
                     assert torch.equal(y.isfinite(), finite)
                     assert_within(y[clean], *exact_and_bound(x[clean], packed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [64, 128, 256])
+def test_zero_points_need_not_be_codes(group, dtype):
+    """Of 4 bits with zero points of up to 255, on the paths of few tokens and of many."""
+    generator = seeded(group)
+    packed = random_packed(37, 256, 4, 256 // group, generator, unit=2**-10)
+    packed.zero_point.copy_(torch.randint(0, 256, packed.zero_point.shape, generator=generator))
+    for m in (1, 3, 12, 14, 15, 40):
+        check(activations(m, 256, "plain", generator).to(dtype), packed)
 
 
 def test_zeros_give_the_bias(backend):

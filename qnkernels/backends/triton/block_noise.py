@@ -87,7 +87,7 @@ def block_noise_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out_b = 0 or mean(w_b) where draw_b < threshold; elsewhere w_b * factor or, with MEAN, w_b.
+    """out_b = 0 or mean(w_b) where b is noised (noise_mask); elsewhere w_b * factor or, with MEAN, w_b.
 
     weight, out [blocks, block_size]. EXACT: block_size is COLS, known when compiled, which aligns the rows.
     Floor: bytes of weight + bytes of out per element.

@@ -34,7 +34,7 @@ def noised_blocks_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out_b = w_b where draw_b >= threshold; the other b go to list int64 [blocks], their number to count.
+    """out_b = w_b where b is not noised; the other b go to list int64 [blocks], their number to count.
 
     weight, out [blocks, block_size]; count int64 [], zero at first. The order of the list is left open: what
     is done with its entries does not depend on it. EXACT: block_size is COLS.

@@ -11,7 +11,7 @@ from .launch import cdiv
 from .numeric import at_levels_of_one, from_fp32, largest_code, nearest_code, to_fp32
 from .philox import noise_mask
 
-# Elements of a program: 16 per thread; 8 share one Philox call, and all what is scalar.
+# Elements of a program: 16 per thread; 8 share one Philox call (128 at p = 0.5), and all what is scalar.
 BLOCK = 2048
 # 8 per thread of the gradient, whose 16 conditions would leave the registers.
 BACKWARD_BLOCK = 1024
@@ -102,7 +102,7 @@ def fake_quantize_kernel(
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y_i = (clamp(round(x_i / s + z), 0, 2^bits - 1) - z) * s where draw_i < threshold, x_i elsewhere.
+    """y_i = (clamp(round(x_i / s + z), 0, 2^bits - 1) - z) * s where i is noised (noise_mask), x_i elsewhere.
 
     x, y [n]; scale, zero_point fp32 [channels]. DRAW: bits of a draw, 0 if every element is noised.
     Floor: bytes of x + bytes of y per element.
@@ -176,7 +176,7 @@ def fake_quantize_backward_kernel(
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad_x_i = 0 where draw_i < threshold and x_i is outside [-z s, (2^bits - 1 - z) s], grad_i elsewhere.
+    """grad_x_i = 0 where i is noised and x_i is outside [-z s, (2^bits - 1 - z) s], grad_i elsewhere.
 
     grad, x, grad_x [n]; grad None: grad_x holds it. The mask is drawn again from the seed.
     Floor: bytes of grad + x + grad_x per element; in place those of x and of what is stopped.

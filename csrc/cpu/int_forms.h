@@ -194,20 +194,12 @@ class Bf16Form {
     // False where a row [k] has only magnitudes so small that products would take parts of it for zero, or finite ones so
     // large that their sums may be infinite before they are scaled.
     static bool holds(const bf16* x, int64_t tokens, int64_t k) {
-        const auto bits_of = [](int exponent) { return _mm512_set1_epi16(static_cast<int16_t>((127 + exponent) << 7)); };
-        const __m512i least = bits_of(-100), large = bits_of(100), infinite = bits_of(128);
+        constexpr uint16_t kLeast = (127 - 100) << 7, kLarge = (127 + 100) << 7, kInfinite = (127 + 128) << 7;
         for (int64_t t = 0; t < tokens; ++t) {
-            __m512i most = _mm512_setzero_si512();
-            __mmask32 huge = 0;
-            for (int64_t i = 0; i < k; i += 32) {
-                const __mmask32 mask = k - i < 32 ? (__mmask32{1} << (k - i)) - 1 : ~__mmask32{0};
-                const __m512i magnitude = _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x + t * k + i),
-                                                           _mm512_set1_epi16(0x7fff));
-                most = _mm512_max_epu16(most, magnitude);
-                huge |= _mm512_mask_cmplt_epu16_mask(_mm512_cmpge_epu16_mask(magnitude, large), magnitude, infinite);
-            }
-            const bool tiny = !_mm512_cmpge_epu16_mask(most, least) && _mm512_test_epi16_mask(most, most);
-            if (tiny || huge) return false;
+            const bf16* row = x + t * k;
+            uint16_t most = largest(row, k, kInfinite + 0x7f);
+            if (most >= kInfinite) most = largest(row, k, kInfinite - 1);
+            if (most >= kLarge || (most && most < kLeast)) return false;
         }
         return true;
     }
@@ -260,6 +252,22 @@ class Bf16Form {
     }
 
   private:
+    // The bits of the largest magnitude of x [k] up to `limit`.
+    static uint16_t largest(const bf16* x, int64_t k, uint16_t limit) {
+        const __m512i magnitude = _mm512_set1_epi16(0x7fff), top = _mm512_set1_epi16(static_cast<int16_t>(limit));
+        __m512i most = _mm512_setzero_si512();
+        for (int64_t i = 0; i < k; i += 32) {
+            const __mmask32 mask = k - i < 32 ? (__mmask32{1} << (k - i)) - 1 : ~__mmask32{0};
+            const __m512i value = _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x + i), magnitude);
+            most = _mm512_mask_max_epu16(most, _mm512_cmple_epu16_mask(value, top), most, value);
+        }
+        alignas(64) uint16_t lanes[32];
+        _mm512_store_si512(lanes, most);
+        uint16_t result = 0;
+        for (const uint16_t lane : lanes) result = lane > result ? lane : result;
+        return result;
+    }
+
     // (The instruction takes denormals for zero, as the products have.)
     template <typename T>
     static void put(T* to, Vec low, Vec high) {

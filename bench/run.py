@@ -1,8 +1,8 @@
 """Run benchmarks and write bench/results/<device>/<op>.csv: `python bench/run.py [op ...] [--brief]`.
 
-Each suite runs in a process of its own under pytest-benchmark. A brief run has all shapes in few rounds, and
-torch.compile and the reference at the main shapes only. A quick run has the main shapes only and is shown
-only, unless --out says where to keep it.
+Each suite runs in a process of its own under pytest-benchmark, whose allocator keeps memory. A brief run has
+all shapes in few rounds, and torch.compile and the reference at the main shapes only. A quick run has the
+main shapes only and is shown only, unless --out says where to keep it.
 """
 
 import argparse
@@ -21,6 +21,9 @@ from plot import plot_csv
 from report import Row, rows_from_json, table, write_csv
 
 GRACE = 15  # seconds that the last case of a limited run may take
+# glibc keeps what is given back, below 32 MiB: results in new memory cost more than to compute them, and
+# whether it is new would depend on who ran before.
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 BENCH = ROOT / "bench"
 RESULTS = BENCH / "results"
 SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")))
@@ -69,7 +72,7 @@ def _run_together(
         command += [f"--{mode}"] * (mode != "full") + (["-k", select] if select else [])
         command += [] if seconds is None else [f"--seconds={seconds}"]
         limit = None if seconds is None else seconds + GRACE
-        options = dict(cwd=ROOT, env=source_tree_env(), capture_output=True, text=True)
+        options = dict(cwd=ROOT, env=ALLOCATOR | source_tree_env(), capture_output=True, text=True)
         try:
             result = subprocess.run(command, timeout=limit, **options)
         except subprocess.TimeoutExpired:

@@ -2,8 +2,9 @@
 
 Bytes (3072x768 fp32, n = 2.36 M): forward reads 4n and writes 4n, 18.9 MB; backward reads the gradient and
 the weight and writes the gradient, 28.3 MB. bf16 halves both.
-Operations: a tenth of a Philox4x32-10 per element and bit twiddling (about 14 integer operations), a true
-division and seven more floating-point operations forward; two compares and no division backward.
+Operations: an eighth of a Philox4x32-10 per element and bit twiddling (about 14 integer operations), at
+p = 0.5 a sixteenth of that; a true division and seven more floating-point operations forward; two compares
+and no division backward.
 Floor: forward the copy of the weight (ratio 1), backward 1.5x that copy. On an AVX-512 core a division
 instruction takes 16 cycles for 16 elements, as long as the copy; a corrected reciprocal takes its place.
 Prediction, 2 cores: forward 1.3 to 1.7x the copy, backward 1.5 to 1.7x; autograd's Python adds some 50 us.
@@ -13,12 +14,18 @@ With AVX2 alone (Zen, 2.5 GHz, 2 cores; its copy 1.16 ms): forward 11.1 -> 2.2 m
 clamping the value instead of quotient and code, one subtraction for the rounding constant and the zero
 point, a comparison instead of a variable shift (4 cycles there) to spread the mask (quantizer 0.85 ->
 0.58 ns an element and core). Four vectors step by step, or four chains of Philox instead of two, gave
-nothing there. Its floor is Philox' multiplications, 36 of 2 cycles for 64 elements, 0.45 ns of the 0.8
-that it takes.
+nothing there. Its floor was Philox' multiplications, 36 of 2 cycles for 64 elements, 0.45 ns of the 0.8
+that it takes (before p = 0.5 took one bit of them instead of 16).
+With AVX-512 on Zen 4 (2 cores, 32 MB of cache shared with strangers), 3072x768 fp32, us, the kernel alone:
+copy 112, p = 1 146, p = 0.5 380 with draws of 16 bits and 171 with one bit; 4096x4096 on one core 35.8 ->
+10.9 ms forward and 39.6 -> 12.9 backward with large pages for the result, copy 5.4. Beside the others of
+this benchmark 283 (2.1x the copy), and 509 at p = 0.1; the backward has three tensors of 9.4 MB, 290 alone,
+torch.add of the same bytes 250. Tried: large pages from 4 MiB on, no faster, and now and then 13 ms for one
+call, in which the system looks for such pages.
 H100 (3.0 TB/s measured elsewhere): 6.3 us forward, arithmetic of the same size, so 1.3x the copy.
-On an H200 (bench/results/nvidia-h200), 8192x8192, us (copy_): forward fp32 134 (129), bf16 90 (65; 103
-with a division for each element: 25 instead of 39 instructions an element, and what holds it up now is
-not known); backward fp32 189 and bf16 95, as fast as the copy by bytes.
+On an H200 (bench/results/nvidia-h200), 8192x8192, us (copy_), with draws of 16 bits: forward fp32 134 (129),
+bf16 90 (65; 103 with a division for each element: 25 instead of 39 instructions an element, and what holds
+it up now is not known); backward fp32 189 and bf16 95, as fast as the copy by bytes.
 """
 
 from dataclasses import dataclass, replace

@@ -29,6 +29,13 @@ to 12 tokens, 12 1750 -> 873 (1179). int4 with bf16 in tiles, batch 256: sums sc
 registers and one permutation to decode 22.8 -> 20.0 ms on one core, where products alone take 16.4; twice
 as many tokens at once 10.7 -> 10.4 on two. Tried on dynamic int8 from the cache, batch 1: prefetches 8 and
 16 rows ahead, or into the first level, the same; none, slower.
+On Zen 4 (2 cores, 32 MB of cache shared with strangers; the CSV): means 3.5 and 1.19 (weight-only int8), 1.07
+and 2.5 (dynamic), 2.4 and 1.16 (int4), 1.78 in all, 13 of 120 points below 0.9 (int4 with bf16 at batch 256,
+with fp32 at two shapes, dynamic int8 now and then); one core multiplies 236 G pairs of bytes and 118 G of
+bf16 a second. int4 with bf16, few tokens, as bf16 and not as bytes, 768x768 on one core, us: 1 token 17 ->
+12.6, 4 53 -> 35, 8 103 -> 69, 16 in tiles 127; calls of 1, 4 and 16 21, 44 and 141, torch's 4-bit product 32,
+57 and 218. Decoding to bf16 for oneDNN was no faster there from batch 16 on; codes as the last byte of 2^23
+in fp32, less a subtraction and a conversion, the same as before.
 On Zen 4, one core, before that: vpdpbusd in assembly and sums in locals (of the intrinsic GCC 12 stores the
 sums each time) 1.4 to 0.62 ms for dynamic int8 at batch 4; asking for the next four rows, batch 1 0.45 to
 0.33, 4 0.62 to 0.46; sums of codes by vpsadbw, batch 1 0.33 to 0.29; asking for the next chunk between

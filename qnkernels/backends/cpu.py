@@ -11,12 +11,15 @@ from ..reference import pq as reference_pq
 from ..reference import range as reference_range
 from ..reference.philox import threshold
 from . import BackendUnavailable
+from .cpu_kmeans import KMeansKernels
+from .cpu_pq import PqKernels
 from .memory import empty
 from .native import (
     CPU_ARGTYPES,
     DTYPES,
     NOISE_KINDS,
     declare,
+    fp32_contiguous,
     layout,
     open_library,
     pointer,
@@ -55,12 +58,7 @@ def load() -> dict[str, Callable]:
     return {name: getattr(kernels, name) for name in names}
 
 
-def _fp32(tensor: torch.Tensor) -> torch.Tensor:
-    """tensor in fp32, contiguous; a cast that changes nothing is not free."""
-    return (tensor if tensor.dtype is torch.float32 else tensor.float()).contiguous()
-
-
-class CpuKernels:
+class CpuKernels(KMeansKernels, PqKernels):
     """One method per op, with the signature of the reference; tensors are contiguous and checked."""
 
     def __init__(self, functions: dict, isa: str) -> None:
@@ -224,7 +222,7 @@ class CpuKernels:
         (m, k), (n, groups) = x.shape, scale.shape
         y = x.new_empty(m, n)
         if bias is not None:
-            bias = _fp32(bias)
+            bias = fp32_contiguous(bias)
         # a call of a small layer is mostly this: arguments one by one, pointers without a helper
         status = self._int_linear(
             x.data_ptr(),
@@ -248,7 +246,7 @@ class CpuKernels:
         (m, k), (n, groups) = x.shape, scale.shape
         y = x.new_empty(m, n)
         if bias is not None:
-            bias = _fp32(bias)
+            bias = fp32_contiguous(bias)
         status = self._int_linear_quantized(
             x.data_ptr(),
             DTYPES[x.dtype],
@@ -313,89 +311,6 @@ class CpuKernels:
         status = self._c["int_embedding"](
             *(indices.data_ptr(), indices.numel(), weight.data_ptr(), scale.data_ptr(), pointer(zero_point)),
             *(out.data_ptr(), DTYPES[dtype], rows, k, scale.shape[1], bits),
-        )
-        raise_for_status(status)
-        return out
-
-    def kmeans_assign(self, points, centroids):
-        n, d = points.shape
-        codes, distances = torch.empty(n, dtype=torch.int32), torch.empty(n)
-        arguments = (points.data_ptr(), n, d, centroids.data_ptr(), len(centroids))
-        raise_for_status(self._c["kmeans_assign"](*arguments, codes.data_ptr(), distances.data_ptr()))
-        return codes, distances
-
-    def kmeans_update(self, points, codes, n_clusters, exponent, weight_exponent, weights):
-        n, d = points.shape
-        sums = torch.empty(n_clusters, d, dtype=torch.int64)
-        mass = torch.empty(n_clusters, dtype=torch.int64)
-        arguments = (points.data_ptr(), codes.data_ptr(), pointer(weights), n, d, n_clusters)
-        status = self._c["kmeans_update"](
-            *arguments, exponent, weight_exponent, sums.data_ptr(), mass.data_ptr()
-        )
-        raise_for_status(status)
-        return sums, mass
-
-    def kmeans_step(self, points, centroids, exponent, weight_exponent, objective_exponent, weights):
-        (n, d), k = points.shape, len(centroids)
-        codes = torch.empty(n, dtype=torch.int32)
-        sums, mass = torch.empty(k, d, dtype=torch.int64), torch.empty(k, dtype=torch.int64)
-        objective = torch.empty((), dtype=torch.int64)
-        status = self._c["kmeans_step"](
-            *(points.data_ptr(), pointer(weights), n, d, centroids.data_ptr(), k),
-            *(exponent, weight_exponent, objective_exponent),
-            *(t.data_ptr() for t in (codes, sums, mass, objective)),
-        )
-        raise_for_status(status)
-        return codes, sums, mass, objective
-
-    def kmeans_bounded_step_(self, points, centroids, group_of, travelled, unit, *rest):
-        *exponents, codes, bounds, sums, mass, weights = rest
-        (n, d), k = points.shape, len(centroids)
-        objective, looks = torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.int64)
-        status = self._c["kmeans_bounded_step"](
-            *(points.data_ptr(), pointer(weights), n, d, centroids.data_ptr(), k),
-            *(group_of.data_ptr(), len(travelled), travelled.data_ptr(), unit, *exponents),
-            *(t.data_ptr() for t in (codes, bounds, sums, mass, objective, looks)),
-        )
-        raise_for_status(status)
-        return objective, looks
-
-    def pq_linear(self, x, codes, codebook, bias):
-        (m, _), (n, blocks), (k, d) = x.shape, codes.shape, codebook.shape
-        by_block, codebook = codes.t().contiguous(), codebook.float()
-        bias = None if bias is None else _fp32(bias)
-        y = x.new_empty(m, n)
-        status = self._c["pq_linear"](
-            *(x.data_ptr(), DTYPES[x.dtype], by_block.data_ptr(), codes.element_size(), codebook.data_ptr()),
-            *(pointer(bias), y.data_ptr(), m, n, blocks, k, d),
-        )
-        raise_for_status(status)
-        return y
-
-    def pq_linear_backward(self, grad, x, codes, codebook, mean, needs_x, needs_codebook):
-        (m, _), (n, blocks), (k, d) = x.shape, codes.shape, codebook.shape
-        by_block, codewords = codes.t().contiguous(), codebook.float()
-        grad_x = torch.empty_like(x) if needs_x else None
-        grad_codebook = torch.empty(k, d) if needs_codebook else None
-        status = self._c["pq_linear_backward"](
-            *(grad.data_ptr(), x.data_ptr(), DTYPES[x.dtype], by_block.data_ptr(), codes.element_size()),
-            *(codewords.data_ptr(), mean, pointer(grad_x), pointer(grad_codebook), m, n, blocks, k, d),
-        )
-        raise_for_status(status)
-        return (grad_x if needs_x else x.new_empty(0)), (grad_codebook if needs_codebook else torch.empty(0))
-
-    def pq_embedding(self, indices, codes, codebook):
-        return self._decode(indices, len(indices), codes, codebook)
-
-    def pq_decode(self, codes, codebook):
-        return self._decode(None, len(codes), codes, codebook)
-
-    def _decode(self, indices, count, codes, codebook):
-        (rows, blocks), (_, d) = codes.shape, codebook.shape
-        out, codewords = empty((count, blocks * d), codebook.dtype), codebook.float()
-        status = self._c["pq_embedding"](
-            *(pointer(indices), count, codes.data_ptr(), codes.element_size(), *codes.stride()),
-            *(codewords.data_ptr(), out.data_ptr(), DTYPES[out.dtype], rows, blocks, d),
         )
         raise_for_status(status)
         return out

@@ -170,6 +170,11 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def fp32_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """tensor in fp32, contiguous; a cast that changes nothing is not free."""
+    return (tensor if tensor.dtype is torch.float32 else tensor.float()).contiguous()
+
+
 def layout(x: torch.Tensor, axis: int | None, group_size: int | None) -> tuple[int, int, int]:
     """(outer, channels, inner): element i has parameter (i / inner) % channels."""
     n = x.numel()

@@ -59,16 +59,20 @@ QNK_API int qnk_cpu_quantization_parameters(const float* low, const float* high,
                                             float* zero_point);
 
 // y [n] <- quantization noise on x [n]: noised where the draw of (seed, i) < threshold (0 to 65536; philox.h).
+// outside [ceil(n / 2048)], or null <- 1 for each 2048 elements of which any lies outside the quantizer's range, 0 for
+// the others.
 QNK_API int qnk_cpu_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n,
                                   const float* scale, const float* zero_point, int64_t channels,
-                                  int64_t inner, const int64_t* bits, int32_t threshold, const int64_t* seed);
+                                  int64_t inner, const int64_t* bits, int32_t threshold, const int64_t* seed,
+                                  uint8_t* outside);
 
 // grad_x [n] <- straight-through gradient, in the dtype of x. grad_x may be grad, with the same dtype: then
-// only what is stopped is written.
+// only what is stopped is written. outside: as the forward gave it, or null; where it is 0, x is not read.
 QNK_API int qnk_cpu_fake_quantize_backward(const void* grad, int grad_dtype, const void* x, void* grad_x,
                                            int x_dtype, int64_t n, const float* scale,
                                            const float* zero_point, int64_t channels, int64_t inner,
-                                           const int64_t* bits, int32_t threshold, const int64_t* seed);
+                                           const int64_t* bits, int32_t threshold, const int64_t* seed,
+                                           const uint8_t* outside);
 
 // y [samples, inner] <- each sample of x at the levels of the quantizer over its own range, widened to hold 0:
 // the nearest one, or (stochastic) one of the two next to it, chosen by the draw of (seed, i).
@@ -186,7 +190,7 @@ QNK_API int qnk_cuda_use_wgmma(int use);
 QNK_API int qnk_cuda_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n,
                                    const float* scale, const float* zero_point, int64_t channels,
                                    int64_t inner, const int64_t* bits, int32_t threshold, const int64_t* seed,
-                                   void* stream);
+                                   uint8_t* outside, void* stream);
 
 // As qnk_cpu_int_linear; bias of bias_dtype. zero_point below 2^bits. Where the number of parts below is not 1, the sums
 // are taken in so many parts, which need workspace fp32 [parts, m, n].

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from qnkernels.backends.cuda import CudaKernels
 from qnkernels.backends.native import CUDA_ARGTYPES, CUDA_QUERIES, CUDA_STEPS, declare
+from qnkernels.reference.fake_quantize import OUTSIDE_TILE
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "tests" / "native" / "emulator"
@@ -136,7 +137,7 @@ class EmulatedKernels(CudaKernels):
         present = {name: types for name, types in functions.items() if hasattr(loaded, f"qnk_cuda_{name}")}
         super().__init__(declare(loaded, "cuda", present), loaded.qnk_cuda_last_error)
         self.library, self.alignment = loaded, ALIGNED
-        self.ops = tuple(name for name in present if name in argtypes)
+        self.ops = (*(name for name in present if name in argtypes), "fake_quantize_marked")
 
     def _launch(self, name: str, device: torch.device, *arguments) -> None:
         try:
@@ -150,6 +151,11 @@ class EmulatedKernels(CudaKernels):
     def is_dense(self, op: str, x: torch.Tensor) -> bool:
         """As on a GPU where decode.cu is among the sources; others are tested with any number of tokens."""
         return "int_decode" in self._c and super().is_dense(op, x)
+
+    def fake_quantize_marked(self, x, *arguments):
+        """y and the marks, which run() would take for an argument that is written."""
+        outside = x.new_empty(-(-x.numel() // OUTSIDE_TILE), dtype=torch.uint8)
+        return self.fake_quantize(x, *arguments, outside), outside
 
     def run(self, op: str, *arguments, **keywords):
         """One op in every order; its result if they agree."""

@@ -1,5 +1,7 @@
 """Helpers of the op tests: random inputs, exact comparison, error against float64."""
 
+import math
+
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,6 +28,19 @@ def assert_identical(actual: torch.Tensor, expected: torch.Tensor) -> None:
             f"{int((~same).sum())} of {same.numel()} differ; first at {index}: "
             f"{actual[index].item()!r} instead of {expected[index].item()!r}"
         )
+
+
+def few_outside(dtype: torch.dtype, axis: int | None) -> tuple[torch.Tensor, tuple, torch.Tensor]:
+    """(x, (scale, zero_point, bits), outside): 6 tiles of 2048 elements and a part of one, of which some hold
+    one value below the range, one above it, or NaN, which lies nowhere; what fake_quantize marks."""
+    x = (torch.rand(9, 1373, generator=torch.Generator().manual_seed(7)) - 0.5).to(dtype)
+    flat = x.view(-1)
+    for index, value in ((0, -2.0), (2048, math.nan), (4095, math.inf), (4097, math.nan), (-1, 2.0)):
+        flat[index] = value
+    scale, zero_point = torch.tensor(0.1), torch.tensor(8.0)  # from -0.8 to 0.7
+    if axis is not None:
+        scale, zero_point = scale.repeat(x.shape[axis]), zero_point.repeat(x.shape[axis])
+    return x, (scale, zero_point, integer(4)), torch.tensor([1, 1, 0, 0, 0, 0, 1], dtype=torch.uint8)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -17,7 +17,8 @@ Calls = Iterator[tuple[str, tuple]]
 
 
 def fake_quantize() -> Calls:
-    """Scale per tensor, tile, 8 elements and element; all pairs of dtypes; draws of 16 bits, of one, none."""
+    """Scale per tensor, tile, 8 elements and element; all pairs of dtypes; draws of 16 bits, of one, none;
+    marks of what lies outside the range, or none."""
     square, odd = (64, 64), (64, 65)
     usual = ((F32, BF16), *((one, one) for one in FLOATS))
     cases = [(torch.empty(square, dtype=dtype), other, None, 0.1) for dtype, other in product(FLOATS, FLOATS)]
@@ -33,10 +34,13 @@ def fake_quantize() -> Calls:
     for x, other, axis, p in cases:
         scale = torch.empty(() if axis is None else x.shape[axis])
         grad = torch.empty(x.shape, dtype=other)
-        yield "fake_quantize", (x, scale, scale, BITS, p, SEED, axis, None, other)
-        yield "fake_quantize_backward", (grad, x, scale, scale, BITS, p, SEED, axis)
-        if x.dtype == other != F16:
-            yield "fake_quantize_backward", (grad, x, scale, scale, BITS, p, SEED, axis, None, grad)
+        quantizer = (scale, scale, BITS, p, SEED, axis, None)
+        marks = (None, torch.empty(-(-x.numel() // 2048), dtype=torch.uint8))
+        for outside in marks if x.dtype == other and p != 0.1 else marks[:1]:
+            yield "fake_quantize", (x, *quantizer, other, outside)
+            yield "fake_quantize_backward", (grad, x, *quantizer, outside)
+            if x.dtype == other != F16:
+                yield "fake_quantize_backward", (grad, x, *quantizer, outside, grad)
 
 
 def dynamic() -> Calls:

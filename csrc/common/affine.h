@@ -37,6 +37,9 @@ QNK_HD Affine affine_over(float low, float high, float top, bool symmetric) {
     return {s, quantize_code(-a, s, 0.0f, top)};
 }
 
+// Elements of a tensor, in order, that share one byte of `outside`: whether any of them lies outside the range.
+constexpr int64_t kOutsideTile = 2048;
+
 QNK_HD bool bits_valid(int64_t bits) { return bits >= 2 && bits <= 16; }
 
 QNK_HD float top_code(int64_t bits) { return static_cast<float>((int64_t{1} << bits) - 1); }

@@ -72,17 +72,17 @@ int qnk_cpu_quantization_parameters(const float* low, const float* high, int64_t
 
 int qnk_cpu_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n, const float* scale,
                           const float* zero_point, int64_t channels, int64_t inner, const int64_t* bits,
-                          int32_t threshold, const int64_t* seed) {
+                          int32_t threshold, const int64_t* seed, uint8_t* outside) {
     return table().fake_quantize(x, x_dtype, y, y_dtype, n, scale, zero_point, channels, inner, bits, threshold,
-                                 seed);
+                                 seed, outside);
 }
 
 int qnk_cpu_fake_quantize_backward(const void* grad, int grad_dtype, const void* x, void* grad_x, int x_dtype,
                                    int64_t n, const float* scale, const float* zero_point, int64_t channels,
                                    int64_t inner, const int64_t* bits, int32_t threshold,
-                                   const int64_t* seed) {
+                                   const int64_t* seed, const uint8_t* outside) {
     return table().fake_quantize_backward(grad, grad_dtype, x, grad_x, x_dtype, n, scale, zero_point, channels,
-                                          inner, bits, threshold, seed);
+                                          inner, bits, threshold, seed, outside);
 }
 
 int qnk_cpu_dynamic_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t samples, int64_t inner,

@@ -10,6 +10,7 @@ namespace qnk {
 namespace {
 
 constexpr int kThreads = 256;
+static_assert(kThreads * kDrawsPerCall == kOutsideTile, "a block is a tile");
 
 template <typename T>
 struct alignas(sizeof(T) * kDrawsPerCall) Pack {  // at most 32 bytes: two 16-byte accesses
@@ -24,6 +25,7 @@ struct Arguments {
     const int64_t* bits;      // 0-d
     const int64_t* seed;      // 0-d
     uint32_t threshold;       // 0 to 65536
+    uint8_t* outside;         // [blocks], or null
 };
 
 // Aligned: x and y allow whole-pack accesses. Shared: the 8 elements of a thread have one scale.
@@ -32,8 +34,7 @@ __global__ void __launch_bounds__(kThreads) fake_quantize_kernel(const In* __res
                                                                  Arguments a) {
     const int64_t call = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t first = call * kDrawsPerCall;
-    if (first >= a.n) return;
-    const int64_t rest = a.n - first;
+    const int64_t rest = first < a.n ? a.n - first : 0;  // 0: nothing but the barrier is left to do
     const int count = rest < kDrawsPerCall ? static_cast<int>(rest) : kDrawsPerCall;
 
     Pack<In> in;
@@ -52,6 +53,7 @@ __global__ void __launch_bounds__(kThreads) fake_quantize_kernel(const In* __res
     float s = a.scale[channel], z = a.zero_point[channel];
 
     Pack<Out> out;
+    bool outside = false;
 #pragma unroll
     for (int j = 0; j < kDrawsPerCall; ++j) {
         if (!Shared && left-- == 0) {
@@ -61,6 +63,7 @@ __global__ void __launch_bounds__(kThreads) fake_quantize_kernel(const In* __res
             left = a.inner - 1;
         }
         const float value = to_float(in.value[j]);
+        outside |= j < count && (value < (0.0f - z) * s || value > (top - z) * s);
         out.value[j] = from_float<Out>((noised >> j) & 1u ? fake_quantize_value(value, s, z, top) : value);
     }
     if (Aligned && count == kDrawsPerCall) {
@@ -69,6 +72,10 @@ __global__ void __launch_bounds__(kThreads) fake_quantize_kernel(const In* __res
 #pragma unroll
         for (int j = 0; j < kDrawsPerCall; ++j)
             if (j < count) y[first + j] = out.value[j];
+    }
+    if (a.outside) {
+        const int any = __syncthreads_or(outside);
+        if (threadIdx.x == 0) a.outside[blockIdx.x] = any != 0;
     }
 }
 
@@ -103,9 +110,9 @@ int launch_to(int y_dtype, const void* x, void* y, const Arguments& a, cudaStrea
 
 int qnk_cuda_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64_t n, const float* scale,
                            const float* zero_point, int64_t channels, int64_t inner, const int64_t* bits,
-                           int32_t threshold, const int64_t* seed, void* stream) {
+                           int32_t threshold, const int64_t* seed, uint8_t* outside, void* stream) {
     const qnk::Arguments a{n,    scale, zero_point, channels, inner > 0 ? inner : 1, bits, seed,
-                           static_cast<uint32_t>(threshold)};
+                           static_cast<uint32_t>(threshold), outside};
     cudaStream_t on = static_cast<cudaStream_t>(stream);
     switch (x_dtype) {
         case QNK_F32: return qnk::launch_to<float>(y_dtype, x, y, a, on);

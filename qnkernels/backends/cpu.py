@@ -104,19 +104,21 @@ class CpuKernels(KMeansKernels, PqKernels):
             shape = () if axis is None else (x.shape[axis],)
         return torch.empty(shape), torch.empty(shape)
 
-    def fake_quantize(self, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, dtype=None):
+    def fake_quantize(
+        self, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, dtype=None, outside=None
+    ):
         y = empty(x.shape, dtype or x.dtype)
         _, channels, inner = layout(x, axis, group_size)
         status = self._c["fake_quantize"](
             *(x.data_ptr(), DTYPES[x.dtype], y.data_ptr(), DTYPES[y.dtype], x.numel()),
             *(scale.data_ptr(), zero_point.data_ptr(), channels, inner),
-            *(bits.data_ptr(), threshold(p), seed.data_ptr()),
+            *(bits.data_ptr(), threshold(p), seed.data_ptr(), pointer(outside)),
         )
         raise_for_status(status)
         return y
 
     def fake_quantize_backward(
-        self, grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, out=None
+        self, grad, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, outside=None, out=None
     ):
         grad_x = empty(x.shape, x.dtype) if out is None else out
         _, channels, inner = layout(x, axis, group_size)
@@ -130,7 +132,7 @@ class CpuKernels(KMeansKernels, PqKernels):
                 x.numel(),
             ),
             *(scale.data_ptr(), zero_point.data_ptr(), channels, inner),
-            *(bits.data_ptr(), threshold(p), seed.data_ptr()),
+            *(bits.data_ptr(), threshold(p), seed.data_ptr(), pointer(outside)),
         )
         raise_for_status(status)
         return grad_x

@@ -83,14 +83,16 @@ class CudaKernels(PqKernels, DenseKernels, KMeansKernels):
         with torch.cuda.device(device):
             return self._c[name](*arguments)
 
-    def fake_quantize(self, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, dtype=None):
+    def fake_quantize(
+        self, x, scale, zero_point, bits, p, seed, axis=None, group_size=None, dtype=None, outside=None
+    ):
         y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
         _, channels, inner = layout(x, axis, group_size)
         self._launch(
             *("fake_quantize", x.device),
             *(x.data_ptr(), DTYPES[x.dtype], y.data_ptr(), DTYPES[y.dtype], x.numel()),
             *(scale.data_ptr(), zero_point.data_ptr(), channels, inner),
-            *(bits.data_ptr(), threshold(p), seed.data_ptr()),
+            *(bits.data_ptr(), threshold(p), seed.data_ptr(), pointer(outside)),
         )
         return y
 

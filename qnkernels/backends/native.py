@@ -26,6 +26,7 @@ _FAKE_QUANTIZE = [
     POINTER,
     ctypes.c_int32,
     POINTER,
+    POINTER,
 ]
 
 CPU_ARGTYPES = {
@@ -35,7 +36,7 @@ CPU_ARGTYPES = {
     "fake_quantize": _FAKE_QUANTIZE,
     "fake_quantize_backward": [
         *(POINTER, INT, POINTER, POINTER, INT, SIZE, POINTER, POINTER, SIZE, SIZE, POINTER),
-        *(ctypes.c_int32, POINTER),
+        *(ctypes.c_int32, POINTER, POINTER),
     ],
     "dynamic_fake_quantize": [*(POINTER, INT, POINTER, INT, SIZE, SIZE, POINTER, INT, POINTER)],
     "moving_fake_quantize": [

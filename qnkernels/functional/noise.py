@@ -26,7 +26,8 @@ def fake_quantize(
     Source: Quant-Noise, arXiv 2004.07320, sections 3.1 and 4.2.
     Raises ValueError (shapes, p, bits, device) and TypeError (dtypes).
     """
-    return ops.fake_quantize.fake_quantize(
+    mark = torch.is_grad_enabled() and x.requires_grad
+    y, _ = ops.fake_quantize.fake_quantize(
         x,
         fp32_tensor(scale, x.device),
         fp32_tensor(zero_point, x.device),
@@ -36,7 +37,9 @@ def fake_quantize(
         axis,
         group_size,
         dtype,
+        mark,
     )
+    return y
 
 
 def noisy_linear(

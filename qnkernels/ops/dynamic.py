@@ -92,7 +92,7 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         x, scale, zero_point, bits = ctx.saved_tensors
         quantizer = scale, zero_point, bits, 1.0, bits  # every element is quantized: the seed is not read
-        return fake_quantize_backward(grad, x, *quantizer, *ctx.layout), *[None] * 6
+        return fake_quantize_backward(grad, x, *quantizer, *ctx.layout, None), *[None] * 6
 
 
 def moving_fake_quantize(x, low, high, step, bits, momentum, axis, group_size, dtype, moves):
@@ -102,7 +102,7 @@ def moving_fake_quantize(x, low, high, step, bits, momentum, axis, group_size, d
         y, *quantizer = moving_fake_quantize_(x.detach(), low, high, step, bits, momentum, *layout)
     else:
         quantizer = quantization_parameters(low, high, bits, False)
-        y = fake_quantize(x.detach(), *quantizer, bits, 1.0, bits, *layout)  # the seed is not read
+        y, _ = fake_quantize(x.detach(), *quantizer, bits, 1.0, bits, *layout, False)  # the seed is not read
     if not (torch.is_grad_enabled() and x.requires_grad):
         return y
     # a copy, so that the precision may change between this forward and its backward

@@ -15,15 +15,16 @@ class _NoisyLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, scale, zero_point, bits, p, seed, axis, group_size):
         quantizer = (scale, zero_point, bits, p, seed, axis, group_size)
-        noised = fake_quantize(weight, *quantizer, None)
-        ctx.save_for_backward(x, weight, noised, scale, zero_point, bits, seed)
+        mark = ctx.needs_input_grad[1]
+        noised, outside = fake_quantize(weight, *quantizer, None, mark)
+        ctx.save_for_backward(x, weight, noised, scale, zero_point, bits, seed, outside)
         ctx.arguments = (p, axis, group_size)
         ctx.has_bias = bias is not None
         return checks.own(F.linear(x, noised, bias))
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, noised, scale, zero_point, bits, seed = ctx.saved_tensors
+        x, weight, noised, scale, zero_point, bits, seed, outside = ctx.saved_tensors
         p, axis, group_size = ctx.arguments
         quantizer = (scale, zero_point, bits, p, seed, axis, group_size)
         rows = grad.reshape(-1, grad.shape[-1])
@@ -33,9 +34,9 @@ class _NoisyLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
             if torch.is_grad_enabled():  # a second derivative is wanted: nothing may be overwritten
-                grad_weight = fake_quantize_backward(grad_weight, weight, *quantizer)
+                grad_weight = fake_quantize_backward(grad_weight, weight, *quantizer, outside)
             else:
-                fake_quantize_backward_(grad_weight, weight, *quantizer)
+                fake_quantize_backward_(grad_weight, weight, *quantizer, outside)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, *[None] * 7

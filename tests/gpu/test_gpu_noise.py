@@ -159,6 +159,19 @@ def gradient(x, s, z, axis, group_size, p, grad):
     return torch.autograd.grad(F.fake_quantize(x, s, z, 4, axis, group_size, p, 5), x, grad)[0]
 
 
+@pytest.mark.of("fake_quantize")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_with_values_outside_are_marked(device, backend, dtype):
+    x = (torch.rand(7, 1999, generator=torch.Generator().manual_seed(3)) - 0.5).to(dtype)
+    x.view(-1)[[0, 2049, 8191, -1]] = torch.tensor([-2.0, float("nan"), float("inf"), 2.0]).to(dtype)
+    quantizer = (torch.tensor(0.1), torch.tensor(8.0), torch.tensor(4), 0.5, torch.tensor(9))
+    moved = [one.to(device) if isinstance(one, torch.Tensor) else one for one in quantizer]
+    with qnk.backend(backend):
+        y, outside = torch.ops.qnkernels.fake_quantize(x.to(device), *moved, None, None, None, True)
+    assert outside.tolist() == [1, 0, 0, 1, 0, 0, 1]
+    assert_same_values(y, reference_fake_quantize(x, *quantizer))
+
+
 @pytest.mark.of("fake_quantize_backward")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fake_quantize_backward_in_place(device, backend, dtype):

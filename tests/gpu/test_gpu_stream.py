@@ -77,9 +77,10 @@ OPS = {
     "histogram_range": lambda a: F.histogram_range(a["x"], 8),
     "quantization_parameters": lambda a: F.quantization_parameters(a["low"], a["high"], a["bits"]),
     "update_range_": lambda a: F.update_range_(a["x"], a["low"], a["high"], a["step"], 8, "ema_minmax", 2),
-    "fake_quantize": lambda a: F.fake_quantize(a["x"], a["s"], a["z"], 8, p=0.5, seed=a["seed"]),
-    "fake_quantize_backward": lambda a: torch.ops.qnkernels.fake_quantize_backward(
-        a["x"], a["x"], a["s"], a["z"], a["bits"], 0.5, a["seed"]
+    "fake_quantize": lambda a: torch.ops.qnkernels.fake_quantize(*noise(a), None, None, None, True),
+    "fake_quantize_backward": lambda a: (
+        torch.ops.qnkernels.fake_quantize_backward(a["x"], *noise(a), None, None, a["outside"]),
+        torch.ops.qnkernels.fake_quantize_backward(a["x"], *noise(a)),
     ),
     "block_noise": lambda a: (
         F.block_noise(a["x"], 8, 0.1, a["seed"], "mean"),
@@ -106,6 +107,10 @@ OPS = {
 }
 
 
+def noise(a):
+    return a["x"], a["s"], a["z"], a["bits"], 0.5, a["seed"]
+
+
 def arguments(device):
     x, s, z = weight_and_range(device)
     integer = {"dtype": torch.int64, "device": device}
@@ -119,6 +124,7 @@ def arguments(device):
         },
         **{"step": torch.zeros((), **integer), "seed": torch.full((), 5, **integer)},
         **{"bits": torch.full((), 8, **integer), "indices": torch.arange(64, device=device)},
+        "outside": torch.arange(-(-x.numel() // 2048), device=device).to(torch.uint8) % 2,
         "codes": torch.randint(0, 256, (64, 264), dtype=torch.uint8, device=device),
         "scale": torch.rand(64, 1, device=device),
         "points": x.reshape(-1, 8),

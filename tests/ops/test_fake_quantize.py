@@ -1,10 +1,11 @@
 """fake_quantize: formula, exactness of every backend, gradient, registration, bad input."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from numeric import DTYPES, SHAPES, assert_identical, integer, layouts, random_seed
+from numeric import DTYPES, SHAPES, assert_identical, few_outside, integer, layouts, random_seed
 
 import qnkernels as qnk
 from qnkernels import functional as F
@@ -43,6 +44,54 @@ def test_cpu_equals_reference(shape, dtype):
             if out_dtype == dtype:  # in place
                 assert_identical(cpu[backward](grad, *arguments, out=grad), expected)
                 assert_identical(grad, expected)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_with_values_outside_are_marked(dtype, axis):
+    """The marks, which do not depend on the noise; the gradient is the same with them, in place too."""
+    x, quantizer, expected = few_outside(dtype, axis)
+    for name, p in itertools.product(("cpu", "reference"), (0.0, 0.1, 0.5, 1.0)):
+        run, rest = kernels(name), (*quantizer, p, integer(5), axis, None)
+        outside = torch.full_like(expected, 9)
+        assert_identical(run["fake_quantize"](x, *rest, dtype, outside), run["fake_quantize"](x, *rest))
+        assert_identical(outside, expected)
+        for grad_dtype in DTYPES:
+            grad = torch.randn(x.shape).to(grad_dtype)
+            passed = run["fake_quantize_backward"](grad, x, *rest)
+            assert_identical(run["fake_quantize_backward"](grad, x, *rest, outside), passed)
+            if p == 1.0:
+                stopped = (passed != grad.to(dtype)).flatten().nonzero().flatten()
+                assert stopped.tolist() == [0, 4095, x.numel() - 1]
+            if grad_dtype == dtype:
+                run["fake_quantize_backward"](grad, x, *rest, outside, out=grad)
+                assert_identical(grad, passed)
+
+
+def test_where_nothing_is_marked_x_is_not_read():
+    x, quantizer, outside = few_outside(torch.float32, None)
+    grad = torch.randn(x.shape)
+    nowhere = torch.zeros_like(outside)
+    passed = kernels("cpu")["fake_quantize_backward"](
+        grad, x, *quantizer, 1.0, integer(5), None, None, nowhere
+    )
+    assert_identical(passed, grad)
+
+
+def test_marks_are_made_for_a_gradient_alone():
+    x, (scale, zero_point, bits), expected = few_outside(torch.float32, None)
+    arguments = (scale, zero_point, bits, 0.5, integer(5), None, None, None)
+    y, outside = torch.ops.qnkernels.fake_quantize(x, *arguments, True)
+    assert_identical(outside, expected)
+    again, none = torch.ops.qnkernels.fake_quantize(x, *arguments)
+    assert none.shape == (0,)
+    assert_identical(again, y)
+    leaf = x.clone().requires_grad_()
+    for mark in (False, True):
+        y, outside = torch.ops.qnkernels.fake_quantize(leaf, *arguments, mark)
+        assert not outside.requires_grad
+        (grad,) = torch.autograd.grad(y.nan_to_num().sum(), leaf)
+        assert 1 <= (grad == 0).sum() <= 5
 
 
 @pytest.mark.parametrize("bits", range(2, 17))
@@ -157,11 +206,14 @@ def test_opcheck():
     for axis, group_size in ((None, None), (0, None), (None, 8)):
         scale, zero_point = F.quantization_parameters(*F.minmax(x.detach(), axis, group_size), 4)
         arguments = (x, scale, zero_point, bits, 0.5, seed, axis, group_size)
-        torch.library.opcheck(torch.ops.qnkernels.fake_quantize.default, arguments)
+        for mark in (False, True):
+            torch.library.opcheck(torch.ops.qnkernels.fake_quantize.default, (*arguments, None, mark))
         grad = torch.randn(6, 16, requires_grad=True)
-        torch.library.opcheck(
-            torch.ops.qnkernels.fake_quantize_backward.default, (grad, x.detach(), *arguments[1:])
-        )
+        for outside in (None, torch.ones(1, dtype=torch.uint8)):
+            torch.library.opcheck(
+                torch.ops.qnkernels.fake_quantize_backward.default,
+                (grad, x.detach(), *arguments[1:], outside),
+            )
 
 
 def test_compiled_draws_follow_the_seed_and_bits_without_recompiling():

@@ -59,6 +59,13 @@ def test_in_place_op():
     torch.library.opcheck(
         torch.ops.qnkernels.fake_quantize_backward_.default, (torch.randn_like(weight), weight, *quantizer)
     )
+    backward_ = torch.ops.qnkernels.fake_quantize_backward_
+    for outside, error, words in (
+        (torch.ones(2, dtype=torch.uint8), ValueError, r"outside.*\(1,\).*\(2,\)"),
+        (torch.ones(1), TypeError, "outside.*uint8.*float32"),
+    ):
+        with pytest.raises(error, match=words):
+            backward_(torch.randn_like(weight), weight, *quantizer, None, None, outside)
     with pytest.raises(ValueError, match="contiguous"):
         torch.ops.qnkernels.fake_quantize_backward_(torch.randn(24, 10).t(), weight, *quantizer)
     with pytest.raises(TypeError, match="bfloat16"):

@@ -78,7 +78,7 @@ int moving_fake_quantize(const void* x, int x_dtype, void* y, int y_dtype, int64
     quantization_parameters(low, high, channels, bits, 0, scale, zero_point);
     constexpr int32_t kAll = 65536;  // nothing is drawn, so that the seed is not read
     return fake_quantize(x, x_dtype, y, y_dtype, outer * channels * inner, scale, zero_point, channels, inner, bits, kAll,
-                         nullptr);
+                         nullptr, nullptr);
 }
 
 }  // namespace QNK_ISA

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers_emulator import alignment, emulated
-from numeric import DTYPES, assert_identical, integer, layouts, random_seed
+from numeric import DTYPES, assert_identical, few_outside, integer, layouts, random_seed
 
 from qnkernels import functional as F
 from qnkernels.backends import kernels
@@ -53,6 +53,15 @@ def test_every_dtype_in_and_out(dtype, other):
         x, scale, zero_point = case((19, 61), dtype, None, None, generator)
         quantizer = (scale, zero_point, integer(8), p, integer(2**40 + 5), None, None)
         assert_equals_reference((x, *quantizer, other))
+
+
+@pytest.mark.parametrize(("dtype", "axis"), zip(DTYPES, (None, 0, 1), strict=True))
+def test_tiles_with_values_outside_are_marked(dtype, axis):
+    x, quantizer, expected = few_outside(dtype, axis)
+    rest = (*quantizer, 0.5, integer(5), axis, None)
+    y, outside = emulated("fake_quantize")["fake_quantize_marked"](x, *rest, dtype)
+    assert_identical(y, kernels("reference")["fake_quantize"](x, *rest))
+    assert_identical(outside, expected)
 
 
 def test_division_is_the_rounded_quotient():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from numeric import DTYPES, assert_identical, integer, layouts, random_seed
+from numeric import DTYPES, assert_identical, few_outside, integer, layouts, random_seed
 
 import qnkernels as qnk
 from qnkernels import functional as F
@@ -77,6 +77,23 @@ def test_division_is_the_rounded_quotient():
     quantizer = (scale, torch.zeros(64), integer(16), 1.0, integer(0), 0)
     actual, expected = (kernels(name)["fake_quantize"](x, *quantizer) for name in ("triton", "reference"))
     assert_identical(actual, expected)
+
+
+@pytest.mark.parametrize(("dtype", "axis", "p"), zip(DTYPES, (None, 0, 1), (0.0, 0.5, 1.0), strict=True))
+def test_tiles_with_values_outside_are_marked(dtype, axis, p):
+    x, quantizer, expected = few_outside(dtype, axis)
+    run, rest = kernels("triton"), (*quantizer, p, integer(5), axis, None)
+    outside = torch.full_like(expected, 9)
+    y = run["fake_quantize"](x, *rest, dtype, outside)
+    assert_identical(y, kernels("reference")["fake_quantize"](x, *rest))
+    assert_identical(outside, expected)
+    grad = torch.randn(x.shape).to(dtype)
+    passed = kernels("reference")["fake_quantize_backward"](grad, x, *rest)
+    assert_identical(run["fake_quantize_backward"](grad, x, *rest, outside), passed)
+    nowhere = torch.zeros_like(outside)  # then x is not read
+    assert_identical(run["fake_quantize_backward"](grad, x, *rest, nowhere), grad)
+    run["fake_quantize_backward"](grad, x, *rest, outside, out=grad)
+    assert_identical(grad, passed)
 
 
 @pytest.mark.parametrize("p", RATES)

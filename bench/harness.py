@@ -63,12 +63,11 @@ class Budget:
     contender_seconds: float  # time a contender may take in all; the slow ones get fewer rounds
 
     def quota(self, sample_seconds: float) -> int:
-        return max(
-            min(self.rounds, MIN_ROUNDS), min(self.rounds, int(self.contender_seconds / sample_seconds))
-        )
+        least = MIN_ROUNDS if sample_seconds < samplers.SLOW else MIN_SLOW_ROUNDS
+        return max(min(self.rounds, least), min(self.rounds, int(self.contender_seconds / sample_seconds)))
 
 
-MIN_ROUNDS = 5
+MIN_ROUNDS, MIN_SLOW_ROUNDS = 5, 3
 FULL = {"cpu": Budget(60, 0.01, 2.0), "cuda": Budget(60, 0.002, 1.0)}
 QUICK = {"cpu": Budget(15, 0.005, 0.5), "cuda": Budget(20, 0.001, 0.2)}
 # brief: every case, few rounds; torch.compile and the reference only in the cases of a quick run
@@ -196,7 +195,9 @@ def measure(case: Case, device: torch.device, budget: Budget) -> Measurement:
                     sample, calls, timer = samplers.sampler(
                         runs, budget.sample_seconds, device, contender.capture
                     )
-                    longest = max(sample(), sample()) * calls
+                    longest = sample() * calls
+                    if longest < samplers.SLOW:
+                        longest = max(longest, sample() * calls)
             except Exception as error:
                 failures[contender.name] = _in_one_line(error)
                 continue

@@ -16,6 +16,7 @@ import torch
 CACHE_MULTIPLE = 3  # inputs of a rotation, in units of the cache they must not fit in
 MAX_SETS = 64
 MAX_GRAPH_CALLS = 512
+SLOW = 0.5  # seconds of a call, from which on it is not made more often than samples need
 
 Sampler = tuple[Callable[[], float], int, str]  # takes a sample; calls in it; "wall", "graph" or "events"
 
@@ -48,8 +49,10 @@ def _on_cpu(run: Callable, sample_seconds: float) -> Sampler:
             run()  # the last contender left the caches to itself, and memory that it gave back is new again
         return timed(calls)
 
-    timed(1)  # compiles, fills caches
-    calls = max(1, math.ceil(sample_seconds / min(timed(1) for _ in range(3))))
+    once = timed(1)  # compiles, fills caches
+    if once < SLOW:
+        once = min(timed(1) for _ in range(3))
+    calls = max(1, math.ceil(sample_seconds / once))
     return sample, calls, "wall"
 
 

@@ -42,7 +42,7 @@ def test_contenders_take_turns_until_their_quota():
 
 def test_slow_contenders_get_fewer_rounds_but_never_too_few():
     budget = Budget(rounds=60, sample_seconds=0.01, contender_seconds=2.0)
-    assert [budget.quota(seconds) for seconds in (0.01, 0.1, 9.0)] == [60, 20, harness.MIN_ROUNDS]
+    assert [budget.quota(seconds) for seconds in (0.01, 0.1, 0.45, 9.0)] == [60, 20, 5, 3]
     assert Budget(2, 0.0, 0.0).quota(1.0) == 2
 
 

@@ -144,6 +144,23 @@ inline void decode_levels(const Packed& w, int64_t r, int64_t g, int64_t first, 
     const int zero = w.zero_point(r, g);
     const uint8_t* codes = w.row(r) + first * w.bits / 8;
     int64_t i = 0;
+#if defined(__AVX2__)
+    const __m256i zeros = _mm256_set1_epi16(static_cast<short>(zero));
+    const auto put = [&](int64_t at, __m128i bytes) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at), _mm256_sub_epi16(_mm256_cvtepu8_epi16(bytes), zeros));
+    };
+    if (w.bits == 8) {
+        for (; i + 16 <= count; i += 16) put(i, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+    } else if (first % 2 == 0) {
+        const __m128i nibble = _mm_set1_epi8(15);
+        for (; i + 32 <= count; i += 32) {
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2));
+            const __m128i low = _mm_and_si128(bytes, nibble), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble);
+            put(i, _mm_unpacklo_epi8(low, high));
+            put(i + 16, _mm_unpackhi_epi8(low, high));
+        }
+    }
+#endif
     if (w.bits == 8) {
         for (; i < count; ++i) out[i] = static_cast<int16_t>(codes[i] - zero);
         return;

@@ -16,11 +16,11 @@ namespace qnk {
 inline namespace QNK_ISA {
 
 constexpr int64_t kBlockTokens = 256;
-constexpr int64_t kBlockBytes = 2048;  // of decoded columns of a row: 32 rows fill a part of the second-level cache
+constexpr int64_t kBlockBytes = 2048;  // of decoded columns of a row, of which 16 rows fill the first-level cache
 constexpr int64_t kSkew = 16;          // elements: rows of a power of two would share few sets of the cache
 
 // Rows of the weight that are decoded together.
-inline int64_t block_rows(int64_t tokens) { return tokens <= kTileTokens ? kTileRows : 32; }
+inline int64_t block_rows(int64_t tokens) { return tokens <= kTileTokens ? kTileRows : 16; }
 
 // y [tokens, n], columns o to o + rows, from sums [tokens][rows]; those of token t times unit[t], null: 1.
 template <typename T>
@@ -39,6 +39,14 @@ void put_block(const float* sums, int64_t apart, int64_t tokens, int64_t rows, c
     }
 }
 
+// Asks for what is decoded after `columns` columns from c on of rows o to o + count: the next ones, or the next rows.
+inline void prefetch_after(const Packed& w, int64_t o, int64_t count, int64_t c, int64_t columns) {
+    const bool more = c + columns < w.k;
+    const int64_t begin = more ? c + columns : 0, stop = begin + columns < w.k ? begin + columns : w.k;
+    if (!more) o += count;
+    for (int64_t r = o; r < o + count && r < w.n; ++r) prefetch(w, r, Columns(w, begin, stop));
+}
+
 // y [m, n] = x [m, k] times the decoded weight, in fp32.
 class DecodedProduct {
   public:
@@ -49,11 +57,13 @@ class DecodedProduct {
         const int64_t block = block_rows(m), tokens = m < kBlockTokens ? m : kBlockTokens;
         const Buffer<float> rows(m * stride_), decoded(max_threads() * block * kWidth), sums(max_threads() * tokens * block);
         if (!rows || !decoded || !sums) return QNK_NO_MEMORY;
-        for (int64_t t = 0; t < m; ++t) {
-            float* row = rows.get() + t * stride_;
-            widen(x + t * w_.k, w_.k, row);
-            memset(row + w_.k, 0, static_cast<size_t>(stride_ - w_.k) * sizeof(float));
-        }
+        parallel_for(m, (16384 + w_.k) / (w_.k + 1), [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t) {
+                float* row = rows.get() + t * stride_;
+                widen(x + t * w_.k, w_.k, row);
+                memset(row + w_.k, 0, static_cast<size_t>(stride_ - w_.k) * sizeof(float));
+            }
+        });
         parallel_for(w_.n, 16, [&](int64_t begin, int64_t end, int thread) {
             float *work = decoded.get() + thread * block * kWidth, *sum = sums.get() + thread * tokens * block;
             for (int64_t t = 0; t < m; t += tokens) {
@@ -79,6 +89,7 @@ class DecodedProduct {
             const int64_t stop = c + kColumns < w_.k ? c + kColumns : w_.k;
             const int64_t columns = (stop - c + kLanes - 1) / kLanes * kLanes;
             const Columns part(w_, c, stop);
+            prefetch_after(w_, o, count, c, kColumns);
             for (int64_t r = 0; r < rows; ++r) {
                 float* row = work + r * kWidth;
                 if (r < count) decode(w_, o + r, part, row);
@@ -156,6 +167,7 @@ class LevelProduct {
     void add_block(const int16_t* x, int64_t tokens, int64_t o, int64_t count, int64_t rows, int64_t block, int64_t g,
                    int64_t first, int64_t columns, const Work& work) const {
         const int64_t whole = (columns + kSkew - 1) / kSkew * kSkew;
+        prefetch_after(w_, o, count, first, kColumns);
         for (int64_t r = 0; r < rows; ++r) {
             int16_t* row = work.decoded + r * kWidth;
             if (r < count) decode_levels(w_, o + r, g, first, columns, row);

@@ -27,13 +27,16 @@ class WordProduct {
         return m <= kMostTokens && w.k > 0 && w.group_size() % step_columns(w.bits) == 0;
     }
 
-    WordProduct(const Packed& w, int64_t m) : w_(w), m_(m), words_(m * Parts * w.k) {}
+    WordProduct(const Packed& w, int64_t m)
+        : w_(w), m_(m), per_group_((w.group_size() + kExactColumns - 1) / kExactColumns), words_(m * Parts * w.k),
+          word_sums_(Parts == 1 ? m * w.groups * per_group_ : 1) {}
 
+    // (Words of 8 bits: products with codes as they are fit the same sums as those with codes less their zero point.)
     // representable: false where a row has no fixed point, see Activations.
     template <typename T>
     int multiply(const T* x, const float* x_scale, const float* x_zero_point, const float* bias, T* y,
                  bool& representable) {
-        if (!words_) return QNK_NO_MEMORY;
+        if (!words_ || !word_sums_) return QNK_NO_MEMORY;
         for (int64_t t = 0; t < m_ && representable; ++t) {
             if (Parts == 1)
                 to_levels(x + t * w_.k, x_scale, x_zero_point, t);
@@ -61,10 +64,27 @@ class WordProduct {
     // Words [k] of a token, the high ones first; in 4 bits, of 32 columns the even ones come first.
     int16_t* words(int64_t t, int part) const { return words_.get() + (t * Parts + part) * w_.k; }
 
+    // Of the words of the one part in group g, from its column c on, as many as are summed together.
+    int32_t& word_sum(int64_t t, int64_t g, int64_t c) const {
+        return word_sums_.get()[(t * w_.groups + g) * per_group_ + c / kExactColumns];
+    }
+
+    // Of `columns` words, a multiple of 16.
+    static int32_t sum_words(const int16_t* words, int64_t columns) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int64_t c = 0; c < columns; c += 16)
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(Words::load(words + c), _mm256_set1_epi16(1)));
+        return Words::total(sum);
+    }
+
     template <typename T>
     void to_levels(const T* x, const float* x_scale, const float* x_zero_point, int64_t t) {
         int16_t* to = words(t, 0);
         unit_[t] = quantize_levels(x, w_.k, x_scale, x_zero_point, to);
+        const int64_t size = w_.group_size();
+        for (int64_t g = 0; g < w_.groups; ++g)
+            for (int64_t c = 0; c < size; c += kExactColumns)
+                word_sum(t, g, c) = sum_words(to + g * size + c, size - c < kExactColumns ? size - c : kExactColumns);
         if (w_.bits == 8) return;
         for (int64_t c = 0; c < w_.k; c += 32) {
             int16_t natural[32];
@@ -152,7 +172,8 @@ class WordProduct {
                     for (int v = 0; v < Tokens; ++v) {
                         const __m256i *exact = sum[v][r], low = exact[Parts - 1];
                         if (Parts == 1) {
-                            out[v][r] = out[v][r] + static_cast<float>(Words::total(exact[0])) * scale;
+                            const int32_t zero = w_.zero_point(row[r], g) * word_sum(t + v, g, c);
+                            out[v][r] = out[v][r] + static_cast<float>(Words::total(exact[0]) - zero) * scale;
                             continue;
                         }
                         // (the unit first: the scales of weight and activations may be far apart)
@@ -166,8 +187,8 @@ class WordProduct {
             for (int r = 0; r < Rows; ++r) out[v][r] = qnk::sum(total[v][r]);
     }
 
-    // out <- exact sums of the products of rows' codes, less their zero point, with words of tokens. (Not inlined: else the
-    // compiler stores sums that fit the registers.)
+    // out <- exact sums of the products of rows' codes, less their zero point unless there is one part, with words of
+    // tokens. (Not inlined: else the compiler stores sums that fit the registers.)
     template <int Bits, int Tokens, int Rows>
     __attribute__((noinline)) void products(int64_t first_token, const int64_t (&row)[Rows], int64_t g, int64_t first,
                                             int64_t columns, __m256i (&out)[Tokens][Rows][Parts]) const {
@@ -175,7 +196,7 @@ class WordProduct {
         const uint8_t* codes[Rows];
         for (int r = 0; r < Rows; ++r) {
             codes[r] = w_.row(row[r]) + first * Bits / 8;
-            zero[r] = _mm256_set1_epi16(static_cast<short>(w_.zero_point(row[r], g)));
+            if (Parts > 1) zero[r] = _mm256_set1_epi16(static_cast<short>(w_.zero_point(row[r], g)));
         }
 #pragma GCC unroll 6
         for (int t = 0; t < Tokens; ++t)
@@ -184,16 +205,17 @@ class WordProduct {
 #pragma GCC unroll 2
                 for (int b = 0; b < Parts; ++b) sum[t][r][b] = _mm256_setzero_si256();
         const int16_t* x = words(first_token, 0) + first;
+        constexpr int64_t kLine = 64 * 8 / Bits;  // columns of 64 bytes
         const int64_t apart = w_.k;
         const auto add = [&](int64_t c, int r, __m256i values) __attribute__((always_inline)) {
-            const __m256i level = _mm256_sub_epi16(values, zero[r]);
+            const __m256i level = Parts == 1 ? values : _mm256_sub_epi16(values, zero[r]);
 #pragma GCC unroll 6
             for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 2
                 for (int b = 0; b < Parts; ++b)
-                    sum[t][r][b] = Words::add(sum[t][r][b], Words::load(x + (t * Parts + b) * apart + c), level);
+                    sum[t][r][b] = Words::add(sum[t][r][b], level, x + (t * Parts + b) * apart + c);
         };
-        for (int64_t c = 0; c < columns; c += step_columns(Bits))
+        const auto step = [&](int64_t c) __attribute__((always_inline)) {
 #pragma GCC unroll 4
             for (int r = 0; r < Rows; ++r) {
                 const uint8_t* from = codes[r] + c * Bits / 8;
@@ -205,6 +227,16 @@ class WordProduct {
                     add(c + 16, r, _mm256_srli_epi16(bytes, 4));
                 }
             }
+        };
+        int64_t c = 0;
+        for (; c + kLine <= columns; c += kLine) {
+            if (first_token == 0)  // (the rows after these lie too far for the processor to guess)
+#pragma GCC unroll 4
+                for (int r = 0; r < Rows; ++r) __builtin_prefetch(codes[r] + c * Bits / 8 + Rows * w_.row_bytes());
+#pragma GCC unroll 4
+            for (int i = 0; i < kLine; i += step_columns(Bits)) step(c + i);
+        }
+        for (; c < columns; c += step_columns(Bits)) step(c);
 #pragma GCC unroll 6
         for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 4
@@ -217,7 +249,9 @@ class WordProduct {
 
     const Packed& w_;
     int64_t m_;
+    int64_t per_group_;
     Buffer<int16_t> words_;
+    Buffer<int32_t> word_sums_;  // [m][groups][per_group_]
     float unit_[kMostTokens];
 };
 

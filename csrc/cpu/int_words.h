@@ -28,7 +28,7 @@ class WordProduct {
     }
 
     WordProduct(const Packed& w, int64_t m)
-        : w_(w), m_(m), per_group_((w.group_size() + kExactColumns - 1) / kExactColumns), words_(m * Parts * w.k),
+        : w_(w), m_(m), apart_(w.k + 32), per_group_((w.group_size() + kExactColumns - 1) / kExactColumns), words_(m * Parts * apart_),
           word_sums_(Parts == 1 ? m * w.groups * per_group_ : 1) {}
 
     // (Words of 8 bits: products with codes as they are fit the same sums as those with codes less their zero point.)
@@ -37,6 +37,7 @@ class WordProduct {
     int multiply(const T* x, const float* x_scale, const float* x_zero_point, const float* bias, T* y,
                  bool& representable) {
         if (!words_ || !word_sums_) return QNK_NO_MEMORY;
+        representable = true;
         for (int64_t t = 0; t < m_ && representable; ++t) {
             if (Parts == 1)
                 to_levels(x + t * w_.k, x_scale, x_zero_point, t);
@@ -62,7 +63,7 @@ class WordProduct {
     static constexpr int at_4_bits(int i) { return i % 16 * 2 + i / 16; }  // the column of a step that word i is of
 
     // Words [k] of a token, the high ones first; in 4 bits, of 32 columns the even ones come first.
-    int16_t* words(int64_t t, int part) const { return words_.get() + (t * Parts + part) * w_.k; }
+    int16_t* words(int64_t t, int part) const { return words_.get() + (t * Parts + part) * apart_; }
 
     // Of the words of the one part in group g, from its column c on, as many as are summed together.
     int32_t& word_sum(int64_t t, int64_t g, int64_t c) const {
@@ -206,7 +207,7 @@ class WordProduct {
                 for (int b = 0; b < Parts; ++b) sum[t][r][b] = _mm256_setzero_si256();
         const int16_t* x = words(first_token, 0) + first;
         constexpr int64_t kLine = 64 * 8 / Bits;  // columns of 64 bytes
-        const int64_t apart = w_.k;
+        const int64_t apart = apart_;
         const auto add = [&](int64_t c, int r, __m256i values) __attribute__((always_inline)) {
             const __m256i level = Parts == 1 ? values : _mm256_sub_epi16(values, zero[r]);
 #pragma GCC unroll 6
@@ -249,6 +250,7 @@ class WordProduct {
 
     const Packed& w_;
     int64_t m_;
+    int64_t apart_;  // of words of a token; multiples of 4 KiB would share few sets of the first-level cache
     int64_t per_group_;
     Buffer<int16_t> words_;
     Buffer<int32_t> word_sums_;  // [m][groups][per_group_]

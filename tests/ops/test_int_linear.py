@@ -108,7 +108,7 @@ def exact_and_bound(x, packed: Packed, bias=None) -> tuple[torch.Tensor, torch.T
     magnitude = x.double().abs()
     largest = magnitude.amax(1, keepdim=True)
     resolution = torch.full_like(largest, 4 * UNIT)
-    if x.dtype == torch.bfloat16 and packed.bits == 4 and len(x) <= 12:
+    if x.dtype == torch.bfloat16 and packed.bits == 4 and len(x) <= 24:
         even = largest * 512 <= magnitude.sum(1, keepdim=True)
         resolution = torch.where(even, EVEN_BF16, resolution)
     bound = resolution * largest * weight.abs().sum(1) + 4 * UNIT * exact.abs()
@@ -167,6 +167,24 @@ def test_long_rows_of_one_sign(bits):
                     exact, bound = exact_and_bound(rows, packed)
                     y = F.int_linear(rows, *packed.arguments, bits=bits)
                     assert_within(y, exact, bound + groups * UNIT * exact.abs())
+
+
+@pytest.mark.parametrize("group", [64, 128, 192, 256, 320, 768])
+def test_bytes_of_the_largest_magnitude(group):
+    """Fixed point whose lower bytes are all -128, or all 127, and codes farthest from their zero point: sums
+    as large as they get, of one sign."""
+    for columns in (-(128 << 8) - 128, (127 << 8) + 127):
+        fixed = torch.full((3, 2 * group), float(columns + (63 << 16)))
+        fixed[:, 0] = 2**22 - 1
+        fixed[1:, ::3] *= -1
+        x = fixed * 2.0**-22
+        for code in (0, 15):
+            weight = torch.full((9, group), code * 17, dtype=torch.uint8)
+            zeros = torch.full((9, 2), 15 - code, dtype=torch.uint8)
+            for zero_point in (zeros, None):
+                packed = Packed(weight, torch.rand(9, 2, generator=seeded(4)) * 2**-10, zero_point, 4)
+                for m in (1, 2, 3):
+                    check(x[:m], packed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

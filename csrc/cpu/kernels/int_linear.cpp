@@ -11,6 +11,7 @@
 #include "cpu/extremes.h"
 #include "cpu/int_bf16_rows.h"
 #include "cpu/int_grouped_rows.h"
+#include "cpu/int_nibbles.h"
 #include "cpu/int_plain.h"
 #include "cpu/int_tiles.h"
 #include "cpu/int_words.h"
@@ -24,11 +25,12 @@ QNK_CPU_KERNELS(QNK_DECLARE_KERNEL)
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
 // Whether fixed point in two bytes, half a unit of which is at most 2^-15 of the largest magnitude, loses no more than
 // a sum of k terms in fp32 may: 2^-24 of each term for each of k additions.
-bool even_rows(const bf16* x, int64_t m, int64_t k) {
+template <typename T>
+bool even_rows(const T* x, int64_t m, int64_t k) {
     for (int64_t t = 0; t < m; ++t, x += k) {
         Vec total = splat(0.0f), most = splat(0.0f);
         for (int64_t i = 0; i < k; i += kLanes) {
@@ -41,6 +43,10 @@ bool even_rows(const bf16* x, int64_t m, int64_t k) {
     }
     return true;
 }
+
+#endif
+
+#if defined(__AVX512F__)
 
 template <typename Product, typename T>
 int multiply_rows(const Product& product, const Packed& w, const float* bias, T* y) {
@@ -98,11 +104,15 @@ int linear(const T* x, const Packed& w, const float* bias, T* y, int64_t m) {
         if (status != QNK_OK || representable) return status;
     }
 #elif defined(__AVX2__)
-    if (WordProduct<2>::serves(w, m)) {
-        bool representable = true;
-        const int status = WordProduct<2>(w, m).multiply(x, nullptr, nullptr, bias, y, representable);
-        if (status != QNK_OK || representable) return status;
-    }
+    bool representable = false;
+    int status = QNK_OK;
+    if (std::is_same_v<T, bf16> && NibbleProduct<2>::serves(w, m) && even_rows(x, m, w.k))
+        status = NibbleProduct<2>(w, m).multiply(x, bias, y, representable);
+    else if (NibbleProduct<3>::serves(w, m))
+        status = NibbleProduct<3>(w, m).multiply(x, bias, y, representable);
+    else if (WordProduct<2>::serves(w, m))
+        status = WordProduct<2>(w, m).multiply(x, nullptr, nullptr, bias, y, representable);
+    if (status != QNK_OK || representable) return status;
 #endif
     return DecodedProduct(w).multiply(x, bias, y, m);
 }

@@ -50,6 +50,17 @@ levels in cache 2.3, words where the weight lies 1.3; batch 16: tiles of 4 rows 
 Floor: the codes alone 0.6 ms; of products, pmaddwd takes 1.9 cycles for 16 there, 0.8 ms for two words at
 batch 1 and 6.4 for one at 16; fp32 6.7 at 16. What is missing: int4 in groups of 128 at batch 1, sums of
 each group leave the words, 2.0 to 2.2 against 1.5 per channel.
+On a later AVX2 core (Zen 3, 2 cores, 32 MB of cache shared with strangers; interleaved loops, medians, us):
+asking for the rows after these (batch 1 and 4, 4096x4096: dynamic 770 -> 438 and 1497 -> 915, int8 1072 ->
+589; quantize_dynamic 884 and 1153); zero points of dynamic int8 taken from sums, one instruction of four
+less at batch 1. Levels in cache: GCC stored the sums of a tile for want of registers, 33 of 71 products a ns
+and core; a product and its addition as one piece of assembly 48, rows of 2 KiB 52: batch 256 71.7 -> 48 ms,
+64 18.7 -> 13.3 (quantize_dynamic, with activations of 7 bits, 36 and 9.2: of 8 bits, pairs of byte products
+do not fit the 16 bits that its instruction adds them in, and words take four instructions for 32 products
+instead of three). int4 in groups of 128: bytes of codes times bytes of fixed point, sums in 16 bits, batch
+1 / 4 / 8 1245 / 3223 / 6629 -> 738 / 2434 / 4429, bf16 in two bytes 1008 / 3049 -> 508 / 1663; all bytes of 64
+columns side by side (with an array for each byte, addresses took as many instructions as products did, and
+it was slower than words).
 On an H200, bf16, 8192x8192, us (12 rounds; F.linear 34 to 16 rows, 50 for 256, 685 for 4096): 4096 rows,
 decoded in slices for cuBLAS, int8 734, int4 718; 256 rows so 98, and by wgmma 92 (int8) and 106 (int4).
 One row, before its steps came in a ring, int8 24, int4 19, 16 rows 32 and 25; in a ring it has not been

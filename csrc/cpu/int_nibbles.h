@@ -2,8 +2,9 @@
 //
 // A row of activations is fixed point in two or three signed bytes, as with AVX-512 (int_activations.h). Codes are
 // multiplied as they are, without a sign: products of up to 256 columns are summed in 16 bits, from minus the zero point
-// times the sum of the activations on, and exactly, as what they come to fits: 15 * 128 * 16 < 2^15. Per 64 codes of a
-// row four instructions to unpack them, and four a token and byte; words of 16 bits (int_words.h) would take 16 and 16.
+// times the sum of the activations on. What they come to fits, 15 * 128 * 16 < 2^15, and so is exact even if sums wrap on
+// the way. Per 64 codes of a row four instructions to unpack them, and four a token and byte; words of 16 bits
+// (int_words.h) would take 16 and 16.
 #pragma once
 
 #include "cpu/buffer.h"
@@ -151,7 +152,7 @@ class NibbleProduct {
         for (int r = 0; r < Rows; ++r) {
             const int64_t row = o + (r < count ? r : 0);
             codes[r] = w_.row(row);
-            zeros[r] = w_.zero + row * w_.groups;
+            zeros[r] = Zeros ? w_.zero + row * w_.groups : nullptr;
             scales[r] = w_.scale + row * w_.groups;
             for (int v = 0; v < Tokens; ++v) total[v][r] = splat(0.0f);
         }

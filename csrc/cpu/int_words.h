@@ -2,8 +2,9 @@
 //
 // A row of activations is either one of 8-bit codes, less their zero point, or fixed point of 23 bits and sign in two words
 // of 12 bits, x = unit * (high * 2^12 + low): the unit is a power of two, an element is off by at most 2^-23 of the row's
-// largest magnitude. Sums are exact. Per 16 codes one instruction to widen them and one to take the zero point away (two
-// more for 32 codes of 4 bits), and two a token and word; fp32 takes eight, and two a token.
+// largest magnitude. Sums are exact. Per 16 codes one instruction to widen them (two more for 32 codes of 4 bits), and two
+// a token and word; fp32 takes eight, and two a token. The zero point is taken from the codes of fixed point, one more
+// instruction, and from the sums of 8-bit activations.
 #pragma once
 
 #include <string.h>

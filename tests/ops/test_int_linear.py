@@ -186,7 +186,7 @@ def test_bytes_of_the_largest_magnitude(group):
                 for m in (1, 2, 3):
                     exact, bound = exact_and_bound(x[:m], packed)
                     y = F.int_linear(x[:m], *packed.arguments, bits=4)
-                    assert_within(y, exact, bound + 4 * UNIT * exact.abs())  # sums in fp32 only grow
+                    assert_within(y, exact, bound + 16 * UNIT * exact.abs())  # sums in fp32 only grow
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

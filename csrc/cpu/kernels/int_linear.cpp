@@ -4,7 +4,9 @@
 // Floor: n * k * bits / 8 bytes of weight, read once; n * k * m products of bytes, three times as many where x is not
 // quantized. With AVX-512 activations become bytes, whose sums are exact integers (int_activations.h), or, from some
 // tokens on and with 4-bit codes, stay bf16 where they are; the weight is multiplied where it lies for a few tokens
-// (int_rows.h, int_grouped_rows.h, int_bf16_rows.h) and by tiles for more (int_tiles.h).
+// (int_rows.h, int_grouped_rows.h, int_bf16_rows.h) and by tiles for more (int_tiles.h). With AVX2 a few tokens are
+// multiplied where the weight lies, too (int_nibbles.h: codes of 4 bits, int_words.h), and more with a weight that is
+// decoded into the cache, as on any instruction set (int_plain.h).
 #include <type_traits>
 
 #include "cpu/by_dtype.h"

@@ -22,10 +22,10 @@ copy 112, p = 1 146, p = 0.5 380 with draws of 16 bits and 171 with one bit; 409
 this benchmark 283 (2.1x the copy), and 509 at p = 0.1; the backward has three tensors of 9.4 MB, 290 alone,
 torch.add of the same bytes 250. Tried: large pages from 4 MiB on, no faster, and now and then 13 ms for one
 call, in which the system looks for such pages.
-The forward that a gradient follows marks tiles of 2048 elements that hold any value outside the range, and the
-backward reads the weight of those alone: 4n + 4n bytes elsewhere, nothing in place. With AVX2 on Zen 3 (2
-cores), the kernel alone: backward 3072x768 695 -> 453 us, copy 396; through autograd 4096x4096 17.1 -> 7.3 ms,
-copy 6.6 to 7.1. With channels of their own nearly every tile has such a value. Marks cost the forward a
+The forward that a gradient follows marks tiles of 2048 elements that hold any value outside the range, and
+the backward reads the weight of those alone: 4n + 4n bytes elsewhere, nothing in place. With AVX2 on Zen 3 (2
+cores), the kernel alone: backward 3072x768 695 -> 453 us, copy 396; through autograd 4096x4096 17.1 -> 7.3
+ms, copy 6.6 to 7.1. With channels of their own nearly every tile has such a value. Marks cost the forward a
 tenth there (a minimum and a maximum a vector); asking for memory 1 KiB ahead gives it back (635 -> 572 us
 without marks).
 H100 (3.0 TB/s measured elsewhere): 6.3 us forward, arithmetic of the same size, so 1.3x the copy.

@@ -58,9 +58,9 @@ and core; a product and its addition as one piece of assembly 48, rows of 2 KiB 
 64 18.7 -> 13.3 (quantize_dynamic, with activations of 7 bits, 36 and 9.2: of 8 bits, pairs of byte products
 do not fit the 16 bits that its instruction adds them in, and words take four instructions for 32 products
 instead of three). int4 in groups of 128: bytes of codes times bytes of fixed point, sums in 16 bits, batch
-1 / 4 / 8 1245 / 3223 / 6629 -> 738 / 2434 / 4429, bf16 in two bytes 1008 / 3049 -> 508 / 1663; all bytes of 64
-columns side by side (with an array for each byte, addresses took as many instructions as products did, and
-it was slower than words).
+1 / 4 / 8 1245 / 3223 / 6629 -> 738 / 2434 / 4429, bf16 in two bytes 1008 / 3049 -> 508 / 1663; all bytes of
+64 columns side by side (with an array for each byte, addresses took as many instructions as products did,
+and it was slower than words).
 On an H200, bf16, 8192x8192, us (12 rounds; F.linear 34 to 16 rows, 50 for 256, 685 for 4096): 4096 rows,
 decoded in slices for cuBLAS, int8 734, int4 718; 256 rows so 98, and by wgmma 92 (int8) and 106 (int4).
 One row, before its steps came in a ring, int8 24, int4 19, 16 rows 32 and 25; in a ring it has not been

@@ -10,6 +10,7 @@
 #include "common/affine.h"
 #include "cpu/divider.h"
 #include "cpu/extremes.h"
+#include "cpu/fixed_point.h"
 #include "cpu/int_weight.h"
 #include "cpu/parallel.h"
 #include "cpu/tiles.h"
@@ -40,9 +41,8 @@ class Activations {
 
     explicit operator bool() const { return codes_ && scale_ && zero_ && sums_ && lost_; }
 
-    // Rows [tokens, k] of x; false where the fixed-point form does not serve one: infinities, NaN, magnitudes of 2^-100 and
-    // less, and of 2^100 and more, whose sums may be infinite before they are scaled. Rows that have no 8-bit quantizer get
-    // the scale NaN.
+    // Rows [tokens, k] of x; false where the fixed-point form does not serve one. Rows that have no 8-bit quantizer get the
+    // scale NaN.
     template <typename T>
     bool quantize(const T* x, int64_t tokens) {
         tokens_ = tokens;
@@ -90,12 +90,9 @@ class Activations {
                 affine_row<false>(x, t, row, quantizer);
             return true;
         }
-        const float most = largest_magnitude(x);
         zero_.get()[t] = 0;
-        if (!(most == 0.0f || (most > 0x1p-100f && most < 0x1p100f))) return false;
-        // 2^(exponent - 1) <= most < 2^exponent
-        const int exponent = most == 0.0f ? 0 : static_cast<int>(float_bits(most) >> 23) - 126;
-        const int unit = exponent - (how_.bytes == 3 ? 22 : 14);
+        int unit;
+        if (!fixed_point_unit(x, w_.k, how_.bytes == 3 ? 22 : 14, unit)) return false;
         scale_.get()[t] = power_of_two(unit);
         const Vec up = splat(power_of_two(-unit));
         const __m512i half = _mm512_set1_epi32(how_.bytes == 3 ? 0x808080 : 0x8080);
@@ -114,8 +111,6 @@ class Activations {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(value));
     }
 
-    static float power_of_two(int exponent) { return bits_float(static_cast<uint32_t>(exponent + 127) << 23); }
-
     template <typename T>
     Affine affine_of(const T* x) const {
         if (!how_.scale) {
@@ -127,12 +122,6 @@ class Activations {
         for (; i + kLanes <= w_.k; i += kLanes) nan |= is_nan(load(x + i));
         if (i < w_.k) nan |= is_nan(load_first(x + i, static_cast<int>(w_.k - i)));
         return {nan ? bits_float(0x7fc00000u) : *how_.scale, *how_.zero_point};
-    }
-
-    template <typename T>
-    float largest_magnitude(const T* x) const {
-        const Extremes range = extremes(x, w_.k);
-        return -range.low > range.high ? -range.low : range.high;  // NaN: both are
     }
 
     template <bool Fast, typename T>

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cpu/buffer.h"
-#include "cpu/extremes.h"
+#include "cpu/fixed_point.h"
 #include "cpu/int_weight.h"
 #include "cpu/parallel.h"
 #include "qnkernels.h"
@@ -30,7 +30,7 @@ class NibbleProduct {
         : w_(w), m_(m), apart_(w.k * Parts + 64), spans_(w.groups * ((w.group_size() + kSpan - 1) / kSpan)),
           bytes_(m * apart_), sums_(m * spans_ * Parts * 16) {}
 
-    // representable: false where a row has no fixed point, see Activations.
+    // representable: false where a row has no fixed point.
     template <typename T>
     int multiply(const T* x, const float* bias, T* y, bool& representable) {
         if (!bytes_ || !sums_) return QNK_NO_MEMORY;
@@ -66,7 +66,6 @@ class NibbleProduct {
     int16_t* sums(int64_t t) const { return sums_.get() + t * spans_ * Parts * 16; }
     static __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
     static __m256i nibble() { return _mm256_set1_epi8(15); }
-    static float power_of_two(int exponent) { return bits_float(static_cast<uint32_t>(exponent + 127) << 23); }
 
     // sum + the products of two neighbours each, of codes and the bytes at x. (As intrinsics GCC 12 makes all products
     // first, and stores sums for want of registers.)
@@ -80,12 +79,8 @@ class NibbleProduct {
 
     template <typename T>
     bool take(const T* x, int64_t t) {
-        const Extremes range = extremes(x, w_.k);
-        const float most = -range.low > range.high ? -range.low : range.high;  // NaN: both are
-        if (!(most == 0.0f || (most > 0x1p-100f && most < 0x1p100f))) return false;
-        // 2^(exponent - 1) <= most < 2^exponent
-        const int exponent = most == 0.0f ? 0 : static_cast<int>(float_bits(most) >> 23) - 126;
-        const int unit = exponent - (Parts == 3 ? 22 : 14);
+        int unit;
+        if (!fixed_point_unit(x, w_.k, Parts == 3 ? 22 : 14, unit)) return false;
         unit_[t] = power_of_two(unit);
         const Vec up = splat(power_of_two(-unit));
         // bytes of q + 0x808080, each less 128, are the signed bytes of q

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "cpu/dot_tiles.h"
+#include "cpu/fixed_point.h"
 #include "cpu/int_levels.h"
 #include "cpu/int_weight.h"
 #include "cpu/parallel.h"
@@ -33,7 +34,7 @@ class WordProduct {
           word_sums_(Parts == 1 ? m * w.groups * per_group_ : 1) {}
 
     // (Words of 8 bits: products with codes as they are fit the same sums as those with codes less their zero point.)
-    // representable: false where a row has no fixed point, see Activations.
+    // representable: false where a row has no fixed point.
     template <typename T>
     int multiply(const T* x, const float* x_scale, const float* x_zero_point, const float* bias, T* y,
                  bool& representable) {
@@ -97,14 +98,10 @@ class WordProduct {
 
     template <typename T>
     bool to_fixed_point(const T* x, int64_t t) {
-        const Extremes range = extremes(x, w_.k);
-        const float most = -range.low > range.high ? -range.low : range.high;  // NaN: both are
-        if (!(most == 0.0f || (most > 0x1p-100f && most < 0x1p100f))) return false;
-        // 2^(exponent - 1) <= most < 2^exponent
-        const int exponent = most == 0.0f ? 0 : static_cast<int>(float_bits(most) >> 23) - 126;
-        const int unit = exponent - 2 * kShift + 1;
-        unit_[t] = bits_float(static_cast<uint32_t>(unit + 127) << 23);
-        const Vec up = splat(bits_float(static_cast<uint32_t>(127 - unit) << 23));
+        int unit;
+        if (!fixed_point_unit(x, w_.k, 2 * kShift - 1, unit)) return false;
+        unit_[t] = power_of_two(unit);
+        const Vec up = splat(power_of_two(-unit));
         const int step = step_columns(w_.bits);
         for (int64_t c = 0; c < w_.k; c += step) {
             alignas(32) int32_t fixed[32];

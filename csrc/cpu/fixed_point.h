@@ -1,0 +1,26 @@
+// Fixed point of a row of activations: x = 2^unit * an integer of some bits and sign.
+#pragma once
+
+#include "cpu/extremes.h"
+
+namespace qnk {
+inline namespace QNK_ISA {
+
+inline float power_of_two(int exponent) { return bits_float(static_cast<uint32_t>(exponent + 127) << 23); }
+
+// unit <- the exponent with which `bits` bits hold all of x [k]: magnitudes are below 2^(unit + bits). False where no fixed
+// point serves: infinities, NaN, largest magnitudes of 2^-100 and less, and of 2^100 and more, whose sums may be infinite
+// before they are scaled.
+template <typename T>
+bool fixed_point_unit(const T* x, int64_t k, int bits, int& unit) {
+    const Extremes range = extremes(x, k);
+    const float most = -range.low > range.high ? -range.low : range.high;  // NaN: both are
+    if (!(most == 0.0f || (most > 0x1p-100f && most < 0x1p100f))) return false;
+    // 2^(exponent - 1) <= most < 2^exponent
+    const int exponent = most == 0.0f ? 0 : static_cast<int>(float_bits(most) >> 23) - 126;
+    unit = exponent - bits;
+    return true;
+}
+
+}  // namespace QNK_ISA
+}  // namespace qnk

@@ -3,8 +3,8 @@
 // A row becomes either 8-bit codes of an affine quantizer (less 128), or, where only the weight is quantized, a fixed-
 // point number of 15 or 23 bits and sign, in two or three bytes: x = scale * (first * 2^16 + second * 2^8 + third), each
 // byte signed. The unit is a power of two, 2^-23 to 2^-22 of the row's largest magnitude with three bytes (2^-15 to
-// 2^-14 with two), so that integer products give the sum as exactly as fp32 would: an element is off by at most half a
-// unit.
+// 2^-14 with two; see fixed_point.h), so that integer products give the sum as exactly as fp32 would: an element is off
+// by at most half a unit.
 #pragma once
 
 #include "common/affine.h"
@@ -92,7 +92,7 @@ class Activations {
         }
         zero_.get()[t] = 0;
         int unit;
-        if (!fixed_point_unit(x, w_.k, how_.bytes == 3 ? 22 : 14, unit)) return false;
+        if (!byte_unit(x, w_.k, how_.bytes, unit)) return false;
         scale_.get()[t] = power_of_two(unit);
         const Vec up = splat(power_of_two(-unit));
         const __m512i half = _mm512_set1_epi32(how_.bytes == 3 ? 0x808080 : 0x8080);

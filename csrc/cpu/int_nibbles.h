@@ -80,7 +80,7 @@ class NibbleProduct {
     template <typename T>
     bool take(const T* x, int64_t t) {
         int unit;
-        if (!fixed_point_unit(x, w_.k, Parts == 3 ? 22 : 14, unit)) return false;
+        if (!byte_unit(x, w_.k, Parts, unit)) return false;
         unit_[t] = power_of_two(unit);
         const Vec up = splat(power_of_two(-unit));
         // bytes of q + 0x808080, each less 128, are the signed bytes of q

@@ -99,7 +99,7 @@ class WordProduct {
     template <typename T>
     bool to_fixed_point(const T* x, int64_t t) {
         int unit;
-        if (!fixed_point_unit(x, w_.k, 2 * kShift - 1, unit)) return false;
+        if (!fixed_point_unit(x, w_.k, 2 * kShift - 1, 0x1p23f, unit)) return false;
         unit_[t] = power_of_two(unit);
         const Vec up = splat(power_of_two(-unit));
         const int step = step_columns(w_.bits);

@@ -24,10 +24,10 @@ bool fixed_point_unit(const T* x, int64_t k, int bits, float limit, int& unit) {
 }
 
 // The same for numbers in two or three signed bytes: half a unit is at most 2^-14.99 of the row's largest magnitude, or
-// 2^-22.99.
+// 2^-22. (Three bytes hold no more than 2^22, so that sums of 32 products with 4-bit codes fit 32 bits.)
 template <typename T>
 bool byte_unit(const T* x, int64_t k, int bytes, int& unit) {
-    return bytes == 2 ? fixed_point_unit(x, k, 15, 0x7f7f, unit) : fixed_point_unit(x, k, 23, 0x7f7f7f, unit);
+    return bytes == 2 ? fixed_point_unit(x, k, 15, 0x7f7f, unit) : fixed_point_unit(x, k, 22, 0x1p22f, unit);
 }
 
 }  // namespace QNK_ISA

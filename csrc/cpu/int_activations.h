@@ -1,10 +1,10 @@
 // Activations as signed bytes, for products with packed integer weights.
 //
 // A row becomes either 8-bit codes of an affine quantizer (less 128), or, where only the weight is quantized, a fixed-
-// point number of 15 or 23 bits and sign, in two or three bytes: x = scale * (first * 2^16 + second * 2^8 + third), each
-// byte signed. The unit is a power of two, 2^-23 to 2^-22 of the row's largest magnitude with three bytes (2^-15 to
-// 2^-14 with two; see fixed_point.h), so that integer products give the sum as exactly as fp32 would: an element is off
-// by at most half a unit.
+// point number of 15 or 22 bits and sign, in two or three bytes: x = scale * (first * 2^16 + second * 2^8 + third), each
+// byte signed. The unit is a power of two, 2^-22 to 2^-21 of the row's largest magnitude with three bytes (2^-15 to
+// 2^-14 with two; see fixed_point.h), so that integer products give the sum about as exactly as fp32 would: an element
+// is off by at most half a unit.
 #pragma once
 
 #include "common/affine.h"

@@ -194,14 +194,12 @@ class Bf16Form {
     // False where a row [k] has only magnitudes so small that products would take parts of it for zero, or finite ones so
     // large that their sums may be infinite before they are scaled.
     static bool holds(const bf16* x, int64_t tokens, int64_t k) {
-        constexpr uint16_t kLeast = (127 - 100) << 7, kLarge = (127 + 100) << 7, kInfinite = (127 + 128) << 7;
-        for (int64_t t = 0; t < tokens; ++t) {
-            const bf16* row = x + t * k;
-            uint16_t most = largest(row, k, kInfinite + 0x7f);
-            if (most >= kInfinite) most = largest(row, k, kInfinite - 1);
-            if (most >= kLarge || (most && most < kLeast)) return false;
-        }
-        return true;
+        bool held = true;
+        parallel_for(tokens, 1 + 65536 / (k + 1), [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t)
+                if (!holds(x + t * k, k)) __atomic_store_n(&held, false, __ATOMIC_RELAXED);
+        });
+        return held;
     }
 
     bool take(const bf16* x, int64_t tokens) {
@@ -251,23 +249,6 @@ class Bf16Form {
         finish_rows(w_, tokens_, true, true, nullptr, bias, y, o, end, work.totals, value, put<T>);
     }
 
-  private:
-    // The bits of the largest magnitude of x [k] up to `limit`.
-    static uint16_t largest(const bf16* x, int64_t k, uint16_t limit) {
-        const __m512i magnitude = _mm512_set1_epi16(0x7fff), top = _mm512_set1_epi16(static_cast<int16_t>(limit));
-        __m512i most = _mm512_setzero_si512();
-        for (int64_t i = 0; i < k; i += 32) {
-            const __mmask32 mask = k - i < 32 ? (__mmask32{1} << (k - i)) - 1 : ~__mmask32{0};
-            const __m512i value = _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x + i), magnitude);
-            most = _mm512_mask_max_epu16(most, _mm512_cmple_epu16_mask(value, top), most, value);
-        }
-        alignas(64) uint16_t lanes[32];
-        _mm512_store_si512(lanes, most);
-        uint16_t result = 0;
-        for (const uint16_t lane : lanes) result = lane > result ? lane : result;
-        return result;
-    }
-
     // (The instruction takes denormals for zero, as the products have.)
     template <typename T>
     static void put(T* to, Vec low, Vec high) {
@@ -277,6 +258,37 @@ class Bf16Form {
         store(to, low);
         store(to + 16, high);
 #endif
+    }
+
+  private:
+    static bool holds(const bf16* x, int64_t k) {
+        constexpr uint16_t kLeast = (127 - 100) << 7, kLarge = (127 + 100) << 7, kInfinite = (127 + 128) << 7;
+        uint16_t most = largest(x, k, kInfinite + 0x7f);
+        if (most >= kInfinite) most = largest(x, k, kInfinite - 1);
+        return most < kLarge && (!most || most >= kLeast);
+    }
+
+    // The bits of the largest magnitude of x [k] up to `limit`.
+    static uint16_t largest(const bf16* x, int64_t k, uint16_t limit) {
+        const __m512i magnitude = _mm512_set1_epi16(0x7fff), top = _mm512_set1_epi16(static_cast<int16_t>(limit));
+        __m512i most[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};  // (one would wait for itself)
+        const auto take = [&](__m512i x, __m512i& most) {
+            const __m512i value = _mm512_and_si512(x, magnitude);
+            most = _mm512_mask_max_epu16(most, _mm512_cmple_epu16_mask(value, top), most, value);
+        };
+        int64_t i = 0;
+        for (; i + 64 <= k; i += 64)
+            for (int j = 0; j < 2; ++j) take(_mm512_loadu_si512(x + i + 32 * j), most[j]);
+        for (; i < k; i += 32) {
+            const __mmask32 mask = k - i < 32 ? (__mmask32{1} << (k - i)) - 1 : ~__mmask32{0};
+            take(_mm512_maskz_loadu_epi16(mask, x + i), most[0]);
+        }
+        most[0] = _mm512_max_epu16(most[0], most[1]);
+        alignas(64) uint16_t lanes[32];
+        _mm512_store_si512(lanes, most[0]);
+        uint16_t result = 0;
+        for (const uint16_t lane : lanes) result = lane > result ? lane : result;
+        return result;
     }
 
     // Codes less a zero point, in bf16: exact, as integers of 8 bits and sign.

@@ -47,12 +47,12 @@ inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t
     const int64_t stride = first ? 0 : apart * 4, second = first ? 0 : 16 * apart;
     const int32_t* from = first ? kZeros : c;
     _tile_loadd(0, a, 64);
-    _tile_loadd(2, b, 64);
+    _tile_stream_loadd(2, b, 64);
     _tile_loadd(4, from, stride);
     _tile_loadd(1, a + kTileBytes, 64);
     _tile_loadd(6, from + second, stride);
     if (Tiles == 2) {
-        _tile_loadd(3, b + kTileBytes, 64);
+        _tile_stream_loadd(3, b + kTileBytes, 64);
         _tile_loadd(5, first ? from : from + 16, stride);
         _tile_loadd(7, first ? from : from + second + 16, stride);
     }
@@ -63,12 +63,12 @@ inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t
         if (step + 1 == steps) break;
         a += 2 * kTileBytes;
         b += Tiles * kTileBytes;
-        _tile_loadd(2, b, 64);
+        _tile_stream_loadd(2, b, 64);
         if (Tiles == 2) QNK_TILE_PRODUCT(5, 0, 3);
         _tile_loadd(0, a, 64);
         if (Tiles == 2) QNK_TILE_PRODUCT(7, 1, 3);
         _tile_loadd(1, a + kTileBytes, 64);
-        if (Tiles == 2) _tile_loadd(3, b + kTileBytes, 64);
+        if (Tiles == 2) _tile_stream_loadd(3, b + kTileBytes, 64);
     }
     if (Tiles == 2) {
         QNK_TILE_PRODUCT(5, 0, 3);

@@ -139,6 +139,16 @@ def test_each_number_of_tokens(bits, group, dtype):
             check(activations(m, 1024, "offset", generator).to(dtype), packed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (4, 128), (4, 384)])
+def test_blocks_of_tokens(bits, group, dtype):
+    """More tokens than tiles take at once; rows of the weight and tiles of tokens that are not whole."""
+    generator = seeded(bits + (group or 1))
+    for m, n, k in ((130, 65, 6144), (257, 40, 384), (300, 33, 768)):
+        packed = random_packed(n, k, bits, k // (group or k), generator, m != 300, unit=2**-10)
+        check(activations(m, k, "offset", generator).to(dtype), packed, torch.randn(n, generator=generator))
+
+
 @pytest.mark.parametrize("case", list(covering(SIZES, possible)), ids=name)
 def test_every_element_is_within_the_bound(case):
     m, k, n, group, bits, zero_point, bias, dtype, kind = case.values()
@@ -266,7 +276,7 @@ def use_threads():
 
 
 def test_threads_do_not_change_the_bits(use_threads):
-    for bits, groups in ((8, 1), (8, 8), (4, 1), (4, 8)):
+    for bits, groups in ((8, 1), (8, 8), (4, 1), (4, 4), (4, 8)):
         packed = random_packed(257, 512, bits, groups, seeded(35))
         for m, dtype in itertools.product((1, 4, 7, 13, 40), DTYPES):
             x, results = torch.randn(m, 512, generator=seeded(m)).to(dtype), []

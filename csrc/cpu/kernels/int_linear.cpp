@@ -4,14 +4,15 @@
 // Floor: n * k * bits / 8 bytes of weight, read once; n * k * m products of bytes, three times as many where x is not
 // quantized. With AVX-512 activations become bytes, whose sums are exact integers (int_activations.h), or, from some
 // tokens on and with 4-bit codes, stay bf16 where they are; the weight is multiplied where it lies for a few tokens
-// (int_rows.h, int_grouped_rows.h, int_bf16_rows.h) and by tiles for more (int_tiles.h). With AVX2 a few tokens are
-// multiplied where the weight lies, too (int_nibbles.h: codes of 4 bits, int_words.h), and more with a weight that is
-// decoded into the cache, as on any instruction set (int_plain.h).
+// (int_rows.h, int_grouped_rows.h, int_bf16_rows.h) and by tiles for more (int_tiles.h; int_group_tiles.h with AMX and
+// codes of 4 bits in groups). With AVX2 a few tokens are multiplied where the weight lies, too (int_nibbles.h: codes of
+// 4 bits, int_words.h), and more with a weight that is decoded into the cache, as on any instruction set (int_plain.h).
 #include <type_traits>
 
 #include "cpu/by_dtype.h"
 #include "cpu/extremes.h"
 #include "cpu/int_bf16_rows.h"
+#include "cpu/int_group_tiles.h"
 #include "cpu/int_grouped_rows.h"
 #include "cpu/int_nibbles.h"
 #include "cpu/int_plain.h"
@@ -73,6 +74,12 @@ int multiply(const T* x, const Packed& w, Quantization how, const float* bias, T
     if constexpr (std::is_same_v<T, bf16>) {
         if (how.bytes > 1 && Bf16RowProduct::serves(w, m) && Bf16Form::holds(x, m, w.k))
             return multiply_rows(Bf16RowProduct(w, x, m), w, bias, y);
+#if defined(__AMX_BF16__)
+        if (how.bytes > 1 && GroupedTileProduct::serves(w, m)) {
+            const int status = GroupedTileProduct(w).multiply(x, bias, y, m, representable);
+            if (status != QNK_OK || representable) return status;
+        }
+#endif
     }
     const Segments segments(w);
     if (!segments) return QNK_NO_MEMORY;

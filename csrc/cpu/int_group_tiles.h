@@ -20,13 +20,14 @@ class GroupedTileProduct {
         return w.bits == 4 && w.k > 0 && w.group_size() % kUnit == 0 && tokens >= kFewest;
     }
 
-    // False in `representable` where sums of products may leave fp32's range; y [m, n] is then not written.
+    // False in `representable` where sums of products may leave fp32's range; y [m, n] is then not whole.
     int multiply(const bf16* x, const float* bias, bf16* y, int64_t m, bool& representable) const {
         const int64_t fit = kCache / (2 * w_.k) > 16 ? kCache / (2 * w_.k) : 16, most = fit < kMostTokens ? fit : kMostTokens;
         const int64_t blocks = (m + most - 1) / most, block = (m + blocks * 16 - 1) / (blocks * 16) * 16;
         const int64_t packed_bytes = block * 2 * w_.k;
         const int threads = max_threads();
-        const Buffer<uint8_t> packed(threads * packed_bytes);
+        const bool own = threads <= kOwnThreads;
+        const Buffer<uint8_t> packed((own ? threads : 1) * packed_bytes);
         const Buffer<Scratch> scratch(threads);
         const Buffer<float> totals(threads * 32 * block);
         if (!packed || !scratch || !totals) return QNK_NO_MEMORY;
@@ -35,16 +36,23 @@ class GroupedTileProduct {
             const bf16* from = x + first * w_.k;
             representable = Bf16Form::holds(from, tokens, w_.k);
             if (!representable) return QNK_OK;
+            const auto pack_tiles = [&](int64_t begin, int64_t end, uint8_t* to) {
+                for (int64_t tile = begin; tile < end; ++tile) pack(from, tokens, tile, to);
+            };
+            if (!own)
+                parallel_for((tokens + 15) / 16, 1 + 2048 / w_.k,
+                             [&](int64_t begin, int64_t end) { pack_tiles(begin, end, packed.get()); });
             parallel_for(w_.n, 32, [&](int64_t begin, int64_t end, int thread) {
                 const Tiles scope;
-                uint8_t* tiles = packed.get() + thread * packed_bytes;
-                for (int64_t tile = 0; tile * 16 < tokens; ++tile) pack(from, tokens, tile, tiles);
+                uint8_t* tiles = packed.get() + (own ? thread * packed_bytes : 0);
+                if (own) pack_tiles(0, (tokens + 15) / 16, tiles);
                 Scratch& work = scratch.get()[thread];
                 float* sums = totals.get() + thread * 32 * block;
                 Side side = side_of();
                 int64_t turn = 0;
                 next_unit(side, work, turn, begin, end, 0, 0);
                 side.decode(32);
+                __asm__ volatile("" ::: "memory");  // (the compiler is not told that tiles are loaded from memory)
                 for (int64_t o = begin; o < end; o += 32) {
                     multiply_units(side, tokens, tiles, o, end, work, turn, sums);
                     finish(tokens, bias, y + first * w_.n, o, end, sums);

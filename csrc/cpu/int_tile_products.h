@@ -11,6 +11,9 @@ inline namespace QNK_ISA {
 
 #if defined(__AVX512F__)
 
+// Up to so many threads pack tiles of tokens each for itself: half of what another one packed lies in the other's cache.
+constexpr int kOwnThreads = 4;
+
 // Rows of codes to ask for, row_bytes apart, a line of 64 bytes for 2^shift steps of a product.
 struct Ahead {
     const uint8_t* from;
@@ -40,7 +43,8 @@ alignas(64) inline const int32_t kZeros[16] = {};
 
 // c [32 rows, `apart`] (+)= a [steps][2][16 rows][64] * b [steps][Tiles][16][16 tokens][4], bytes. feed.step() does in
 // between what there is to do for the next product.
-// A tile that is loaded anew waits for the product that reads it: each load has a product or two to hide behind.
+// A tile that is loaded anew waits for the product that reads it: each load has a product or two to hide behind. (Tokens
+// stream from the second-level cache: they would take the place of codes in the first.)
 template <typename Form, int Tiles, typename Feed>
 inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
                          Feed& feed, const Scaling&) {

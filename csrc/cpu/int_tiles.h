@@ -83,8 +83,6 @@ class IntTileProduct {
     static constexpr int64_t kMostRows = 256;    // of activations in a block
     static constexpr int64_t kCache = kHasTiles ? 1 << 20 : 1 << 21;  // bytes of them
     static constexpr int64_t kDirectRows = 48;   // three tiles
-    // Up to so many threads pack tiles each for itself: half of what another one packed lies in the other's cache.
-    static constexpr int kOwnThreads = 4;
     static constexpr int64_t kChunkBytes = kWholeRow * 2 * kTileBytes;
     static constexpr int64_t kMostSegments = 4;  // of a chunk
 

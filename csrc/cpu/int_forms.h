@@ -209,17 +209,24 @@ class Bf16Form {
     }
     int64_t tokens() const { return tokens_; }
 
+    // 32 columns from `first` on, masked; or, of 64 columns of 8-bit codes, those of every second pair.
     struct Columns {
         int64_t first;
         __mmask32 mask;
+        int half;  // 0 or 1: which pairs; -1: all columns
     };
     Columns columns(int64_t step) const {
         const int64_t in_group = step % group_steps_ * 32, rest = w_.group_size() - in_group;
-        return {step / group_steps_ * w_.group_size() + in_group,
-                rest < 32 ? (__mmask32{1} << rest) - 1 : ~__mmask32{0}};
+        const int64_t first = step / group_steps_ * w_.group_size() + in_group, odd = in_group % 64;
+        if (w_.bits == 8 && rest + odd >= 64) return {first - odd, 0, odd ? 1 : 0};
+        return {first, rest < 32 ? (__mmask32{1} << rest) - 1 : ~__mmask32{0}, -1};
     }
     __m512i row(int64_t index, const Columns& columns) const {
-        return _mm512_maskz_loadu_epi16(columns.mask, x_ + index * w_.k + columns.first);
+        const bf16* from = x_ + index * w_.k + columns.first;
+        if (columns.half < 0) return _mm512_maskz_loadu_epi16(columns.mask, from);
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i at = _mm512_add_epi32(even, _mm512_set1_epi32(columns.half));
+        return _mm512_permutex2var_epi32(_mm512_loadu_si512(from), at, _mm512_loadu_si512(from + 32));
     }
 
     // As ByteForm, without sums. Codes past a segment's end meet activations that are zero.
@@ -227,7 +234,12 @@ class Bf16Form {
     void unpack(const Segment& s, int64_t row, int64_t step, int64_t steps, uint8_t* to, int32_t&) const {
         const uint8_t* from = w_.row(row) + (s.column + step * 32) * Bits / 8;
         const Row<Bits> decoder(w_.zero_point(row, s.group));
-        for (int64_t i = 0; i < steps; ++i, from += 4 * Bits, to += 2 * kTileBytes) {
+        int64_t i = 0;
+        if constexpr (Bits == 8) {  // (a chunk starts at an even step)
+            for (; i + 2 <= steps && s.columns - (step + i) * 32 >= 64; i += 2, from += 64, to += 4 * kTileBytes)
+                decoder.decode(_mm512_loadu_si512(from), to, to + 2 * kTileBytes);
+        }
+        for (; i < steps; ++i, from += 4 * Bits, to += 2 * kTileBytes) {
             const int64_t rest = s.columns - (step + i) * 32;
             _mm512_store_si512(to, rest < 32 ? decoder.decode(from, rest) : decoder.decode(from));
         }
@@ -307,7 +319,16 @@ class Bf16Form {
 template <>
 class Bf16Form::Row<8> {
   public:
-    explicit Row(int zero) : zero_(_mm512_set1_epi32(zero)) {}
+    explicit Row(int zero)
+        : zero_(_mm512_set1_epi32(zero)), low_zero_(_mm512_set1_ps(kLow + static_cast<float>(zero))),
+          high_zero_(_mm512_set1_ps(kHigh + static_cast<float>(zero))) {}
+
+    // The first two, and the last two, of every four of 64 codes. A code becomes the last bits of a number in fp32, or the
+    // last but 8, from which the same number with its zero point for a code is taken off; what is left fits 16 bits.
+    void decode(__m512i codes, uint8_t* first, uint8_t* last) const {
+        _mm512_store_si512(first, pairs(codes));
+        _mm512_store_si512(last, pairs(_mm512_srli_epi32(codes, 16)));
+    }
 
     __m512i decode(const uint8_t* from) const { return decode(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
     __m512i decode(const uint8_t* from, int64_t columns) const {
@@ -321,7 +342,21 @@ class Bf16Form::Row<8> {
         return to_bf16(_mm512_sub_epi32(low, zero_), _mm512_sub_epi32(high, zero_));
     }
 
+    // Of the low two of four codes.
+    __m512i pairs(__m512i codes) const {
+        const auto number = [&](int mask, float base) {  // (codes & mask) | base
+            const __m512i bits = _mm512_ternarylogic_epi32(codes, _mm512_set1_epi32(mask), _mm512_castps_si512(_mm512_set1_ps(base)), 0xea);
+            return _mm512_castsi512_ps(bits);
+        };
+        const __m512i low = _mm512_castps_si512(_mm512_sub_ps(number(0xff, kLow), low_zero_));
+        const __m512i high = _mm512_castps_si512(_mm512_sub_ps(number(0xff00, kHigh), high_zero_));
+        return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
+    }
+
+    static constexpr float kLow = 1 << 23, kHigh = 1 << 15;  // whose last bit, and last but 8, is 1
+
     __m512i zero_;
+    __m512 low_zero_, high_zero_;
 };
 
 template <>

@@ -65,7 +65,7 @@ inline void finish_rows(const Packed& w, int64_t tokens, bool first, bool last, 
 
 class ByteForm {
   public:
-    static constexpr bool kBytes = true;
+    static constexpr bool kBytes = true, kSigned = false;  // (codes)
 
     ByteForm(const Packed& w, const Segments& segments, const Quantization& how, int64_t capacity)
         : w_(w), segments_(segments), x_(w, segments, how, capacity) {}
@@ -169,7 +169,7 @@ __attribute__((always_inline)) inline __m512i bf16_products(__m512i total, __m51
 
 class Bf16Form {
   public:
-    static constexpr bool kBytes = false;
+    static constexpr bool kBytes = false, kSigned = true;
 
     Bf16Form(const Packed& w, const Segments& segments, const Quantization&, int64_t)
         : w_(w), segments_(segments), group_steps_(steps_of(w)) {}

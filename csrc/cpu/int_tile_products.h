@@ -35,7 +35,9 @@ alignas(64) inline const int32_t kZeros[16] = {};
 // (tile numbers are part of the instruction)
 #define QNK_TILE_PRODUCT(c, a, b)                                                              \
     do {                                                                                       \
-        if constexpr (Form::kBytes)                                                            \
+        if constexpr (Form::kBytes && Form::kSigned)                                           \
+            _tile_dpbssd(c, a, b);                                                             \
+        else if constexpr (Form::kBytes)                                                       \
             _tile_dpbusd(c, a, b);                                                             \
         else                                                                                   \
             _tile_dpbf16ps(c, a, b);                                                           \

@@ -74,15 +74,16 @@ int multiply(const T* x, const Packed& w, Quantization how, const float* bias, T
     if constexpr (std::is_same_v<T, bf16>) {
         if (how.bytes > 1 && Bf16RowProduct::serves(w, m) && Bf16Form::holds(x, m, w.k))
             return multiply_rows(Bf16RowProduct(w, x, m), w, bias, y);
-#if defined(__AMX_BF16__)
-        if (how.bytes > 1 && GroupedTileProduct::serves(w, m)) {
-            const int status = GroupedTileProduct(w).multiply(x, bias, y, m, representable);
-            if (status != QNK_OK || representable) return status;
-        }
-#endif
     }
     const Segments segments(w);
     if (!segments) return QNK_NO_MEMORY;
+#if defined(__AMX_BF16__)
+    using Units = GroupedTileProduct<std::conditional_t<std::is_same_v<T, bf16>, Bf16Units, ByteUnits>>;
+    if (how.bytes > 1 && Units::serves(w, m)) {
+        const int status = Units(w, segments).multiply(x, bias, y, m, representable);
+        if (status != QNK_OK || representable) return status;
+    }
+#endif
     // (more rows than three are faster in tiles, where tiles need no unpacking)
     const bool direct = IntTileProduct<ByteForm>::direct(w, segments, how.bytes, m);
     const bool rows = RowProduct::serves(segments, how.bytes, m) && (!direct || RowProduct::rows(how.bytes, m) <= 3);

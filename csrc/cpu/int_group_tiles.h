@@ -209,11 +209,15 @@ class GroupedTileProduct {
                 Scratch& work = scratch.get()[thread];
                 float* sums = totals.get() + thread * total_count;
                 Side side = side_of();
+                side.y_apart = w_.n * static_cast<int64_t>(sizeof(T));
+                side.lines_at_once = 1 + tokens / (kSteps * (places.tiles + 1) / 2 * units_);
                 int64_t turn = 0;
                 next_unit(side, work, turn, begin, end, 0, 0);
                 side.decode(32);
                 __asm__ volatile("" ::: "memory");  // (the compiler is not told that tiles are loaded from memory)
                 for (int64_t o = begin; o < end; o += 32) {
+                    side.y = reinterpret_cast<const uint8_t*>(y + first * w_.n + o);
+                    side.lines = tokens;
                     multiply_units(side, places, tiles, o, end, work, turn, sums);
                     const auto value = [&](int64_t r, int64_t t) { return form.result(sums, places, r, t); };
                     const auto put = [](T* to, Vec low, Vec high) { Form::put(to, low, high); };
@@ -256,6 +260,9 @@ class GroupedTileProduct {
         uint8_t* to = nullptr;
         float* scales = nullptr;
         int64_t row = 0, rows = 0, at_once = 0;
+        // Lines of y that these rows will be written to, of `lines` tokens.
+        const uint8_t* y = nullptr;
+        int64_t y_apart = 0, lines = 0, lines_at_once = 0;
         typename Form::Decoder decoder;
         Pending pending[2] = {};
         int64_t part = 0;
@@ -263,6 +270,7 @@ class GroupedTileProduct {
         void step() {
             if (pending[0].totals) rescale(part++ * kRows);
             decode(at_once);
+            ask_for_y();
         }
         void push(const Pending& product) {
             pending[0] = pending[1];
@@ -292,6 +300,10 @@ class GroupedTileProduct {
 
       private:
         static constexpr int64_t kRows = 32 / kSteps;  // scaled in a step
+
+        void ask_for_y() {
+            for (int64_t i = 0; i < lines_at_once && lines; ++i, --lines, y += y_apart) __builtin_prefetch(y, 1, 3);
+        }
 
         // Of rows r to r + kRows.
         void rescale(int64_t r) {

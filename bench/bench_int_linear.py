@@ -10,12 +10,28 @@ Operations: 2m per weight, 33.5 M m, and one decode (subtract, scale) per weight
 Floor: to batch 16 the codes read once (the ceiling copies them: read and written, so a ratio below 1 is
 possible); from batch 64 on the bf16 product, whose ceiling is F.linear in bf16. Products of integers could
 take half of its time.
-Measured, 2 cores with AMX, 4096x4096: int8 batch 1 0.39 to 0.41 ms; the codes alone can be read in 0.29 (58
-GB/s), which the kernel takes too where nothing ran in between. int4 batch 1 0.25 (bf16) and 0.30 ms (fp32),
-floor 0.15. Batch 256: dynamic 2.6 ms, the tile instructions alone 0.63; bf16 5.4 ms, instructions 1.3,
-F.linear 5.2; fp32, three products of bytes, 6.4 ms against 28. What is missing there: operands and sums come
-from the second-level cache (10 to 14 ns a product instead of 4.8), codes are unpacked, outputs are written.
-int4 in groups of 128 from batch 64 on: sums leave the tiles after each group, as much work as the rest.
+Measured, 2 cores with AMX, 4096x4096, while nobody else used the processor: int8 batch 1 0.39 to 0.41 ms;
+the codes alone can be read in 0.29 (58 GB/s), which the kernel takes too where nothing ran in between. int4
+batch 1 0.25 (bf16) and 0.30 ms (fp32), floor 0.15. Batch 256: dynamic 2.6 ms, the tile instructions alone
+0.63; bf16 5.4 ms, instructions 1.3, F.linear 5.2; fp32, three products of bytes, 6.4 ms against 28. What is
+missing there: operands and sums come from the second-level cache (10 to 14 ns a product instead of 4.8),
+codes are unpacked, outputs are written.
+The CSV is of later kernels and of such a processor shared with strangers: a tile instruction took 7 to 17 ns,
+with a load 9 to 32, changing within minutes, and F.linear in bf16 5.7 to 16 ms at batch 256. Pairs below are
+interleaved loops on it (ms, 2 cores, 4096x4096 unless said). int4 in groups of 128 in units
+(int_group_tiles.h) instead of chunks: bf16 batch 16 1.90 -> 0.89, 64 3.68 -> 2.64, 256 21.8 -> 10.7 (F.linear
+11.3); fp32 batch 4 1.70 -> 0.74, 16 3.86 -> 1.62, 64 12.4 -> 9.2, 256 41 -> 31. What gave it: one
+permutation for 32 codes instead of three, with columns in the order that comes of it; no division in the
+loop that decodes (batch 16, one core, 2.7 -> 1.8); sums scaled between the tile instructions of later ones,
+and not of the very next, since loads wait for stores of tiles (batch 256 7.8 -> 6.0 with others scaled in
+their place); tokens as a stream past the first-level cache (128 tokens, one core, 6.5 -> 5.6).
+Tried without gain: vdpbf16ps on rows where they lie, as on Zen 4 (batch 4 0.65 -> 1.1); fp32 as three
+parts in bf16, twice the instructions of three bytes (batch 64 11.0 -> 13.7); blocks of half as many tokens
+(256 7.1 -> 9.1); two units a pair of tokens (the same at 256, slower at 16); asking for the lines that
+decoding stores to (the same). int8 with bf16: codes as last bits of fp32 numbers, 13 instructions for 64,
+batch 64 2.37 -> 1.82, 256 14.2 -> 11.2 (F.linear 3.0, 11.4). What is missing at batch 256: 3072x768 takes
+1.1 where leaving out decoding, scaling or writing y takes 0.9, 0.74 and 0.74 each, F.linear 0.9; totals are
+read from and written to the second-level cache as often as tokens are read from it.
 Without tile instructions, on AMD Zen 5 (AVX-512 with VNNI and bf16, 2 cores, 32 MB of cache; the CSV):
 fastest peer over ours, in the geometric mean 4.7 and 1.07 (weight-only int8, fp32 and bf16), 1.04 and 2.35
 (dynamic), 4.0 and 0.91 (int4); 20 of 120 points below 0.9. int4 with bf16 came last, when the processor had

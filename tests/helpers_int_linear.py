@@ -11,6 +11,15 @@ UNIT = 2.0**-24  # relative error of an fp32 rounding
 PIECE = 32_768  # columns of a group whose sum fits 32 bits
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def possible(k, group, bits, **rest) -> bool:
+    """Whether a row of k codes fills whole bytes and whole groups."""
+    return k * bits % 8 == 0 and (group is None or k % group == 0)
+
+
 @dataclass
 class Packed:
     """The arguments of int_linear that describe the weight [n, k]."""

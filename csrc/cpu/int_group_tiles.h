@@ -3,7 +3,8 @@
 // A unit (int_units.h) is 128 columns of 32 rows of the weight. It is decoded into the first-level cache, 12 instructions a
 // row (7 for bytes), and meets 32 rows of activations at a time in 16 tile instructions (8), whose sums are scaled and added
 // to totals in fp32. Floor: 16 cycles for each of n * k * m / 8192 tile instructions (3 n * k * m / 16384); the next unit is
-// decoded and sums are scaled in between.
+// decoded and sums are scaled in between. Measured, 4096x4096, 256 tokens in bf16, 2 shared cores: 7.1 to 14 ms, floor 1.9
+// where an instruction takes 7.2 ns and 4.5 where it takes 17; F.linear in bf16, which has the same floor, 5.7 to 14.
 #pragma once
 
 #include "cpu/int_units.h"

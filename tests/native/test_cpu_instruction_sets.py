@@ -16,7 +16,11 @@ LEVELS = ISAS[:-1]
 SUITES = {
     ("kmeans", "pq"): "common or golden or threads or lowest or spoil or overflow",
     ("kmeans_bounds",): "not opcheck and not bad_input",
-    ("int_linear", "int_linear_quantized"): "not reference and not check and not gradient and not bad_input",
+    (
+        "int_linear",
+        "int_linear_backward",
+        "int_linear_quantized",
+    ): "not reference and not check and not gradient and not bad_input",
     ("int_embedding",): "rows or scales",
     ("fake_quantize", "dynamic", "low_precision", "block_noise"): "equal or bits or extreme or finite",
 }

@@ -75,5 +75,25 @@ class Buffer {
     T* data_;
 };
 
+// `count` values of T for each of `threads`. What one thread walks through ends far from where the next one's begins: a
+// prefetcher runs on past the end, and would take lines away from a thread that is writing them.
+template <typename T>
+class PerThread {
+  public:
+    PerThread(int64_t threads, int64_t count)
+        : apart_(count ? (count * kSize + 63) / 64 * 64 + (threads > 1 ? kGap : 0) : 0), bytes_(threads * apart_) {}
+
+    explicit operator bool() const { return static_cast<bool>(bytes_); }
+    // Aligned to 64 bytes.
+    T* of(int64_t thread) const { return reinterpret_cast<T*>(bytes_.get() + thread * apart_); }
+
+  private:
+    static constexpr int64_t kSize = sizeof(T);
+    static constexpr int64_t kGap = 65536;  // bytes; half as many do nearly as well
+
+    int64_t apart_;
+    Buffer<uint8_t> bytes_;
+};
+
 }  // namespace QNK_ISA
 }  // namespace qnk

@@ -37,8 +37,8 @@ class GroupedTileProduct {
         const bool own = threads <= kOwnThreads;
         Form form(w_, segments_, block);
         const Buffer<uint8_t> packed((own ? threads : 1) * packed_bytes);
-        const Buffer<Scratch> scratch(threads);
-        const Buffer<float> totals(threads * total_count);
+        const PerThread<Scratch> scratch(threads, 1);
+        const PerThread<float> totals(threads, total_count);
         if (!form || !packed || !scratch || !totals) return QNK_NO_MEMORY;
         for (int64_t first = 0; first < m; first += block) {
             const int64_t tokens = m - first < block ? m - first : block;
@@ -56,8 +56,8 @@ class GroupedTileProduct {
                 const Tiles scope;
                 uint8_t* tiles = packed.get() + (own ? thread * packed_bytes : 0);
                 if (own) pack_tiles(0, places.tiles, tiles);
-                Scratch& work = scratch.get()[thread];
-                float* sums = totals.get() + thread * total_count;
+                Scratch& work = *scratch.of(thread);
+                float* sums = totals.of(thread);
                 Side side = side_of();
                 side.y_apart = w_.n * static_cast<int64_t>(sizeof(T));
                 side.lines_at_once = 1 + tokens / (kSteps * (places.tiles + 1) / 2 * units_);

@@ -55,7 +55,9 @@ class DecodedProduct {
     template <typename T>
     int multiply(const T* x, const float* bias, T* y, int64_t m) const {
         const int64_t block = block_rows(m), tokens = m < kBlockTokens ? m : kBlockTokens;
-        const Buffer<float> rows(m * stride_), decoded(max_threads() * block * kWidth), sums(max_threads() * tokens * block);
+        const int threads = max_threads();
+        const Buffer<float> rows(m * stride_);
+        const PerThread<float> decoded(threads, block * kWidth), sums(threads, tokens * block);
         if (!rows || !decoded || !sums) return QNK_NO_MEMORY;
         parallel_for(m, (16384 + w_.k) / (w_.k + 1), [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; ++t) {
@@ -65,7 +67,7 @@ class DecodedProduct {
             }
         });
         parallel_for(w_.n, 16, [&](int64_t begin, int64_t end, int thread) {
-            float *work = decoded.get() + thread * block * kWidth, *sum = sums.get() + thread * tokens * block;
+            float *work = decoded.of(thread), *sum = sums.of(thread);
             for (int64_t t = 0; t < m; t += tokens) {
                 const int64_t here = m - t < tokens ? m - t : tokens;
                 for (int64_t o = begin; o < end; o += block) {
@@ -110,17 +112,20 @@ class LevelProduct {
 
     template <typename T>
     int multiply(const T* x, const float* x_scale, const float* x_zero_point, const float* bias, T* y, int64_t m) const {
-        const int64_t block = block_rows(m), tokens = m < kBlockTokens ? m : kBlockTokens, part = tokens * block;
-        const Buffer<int16_t> levels(m * stride_ + kSkew), decoded(max_threads() * block * kWidth);
-        const Buffer<int32_t> exact(max_threads() * part);
-        const Buffer<float> scales(m), sums(max_threads() * part);
+        const int64_t block = block_rows(m), tokens = m < kBlockTokens ? m : kBlockTokens;
+        const int threads = max_threads();
+        const Buffer<int16_t> levels(m * stride_ + kSkew);
+        const Buffer<float> scales(m);
+        const PerThread<int16_t> decoded(threads, block * kWidth);
+        const PerThread<int32_t> exact(threads, tokens * block);
+        const PerThread<float> sums(threads, tokens * block);
         if (!levels || !decoded || !exact || !scales || !sums) return QNK_NO_MEMORY;
         parallel_for(m, (16384 + w_.k) / (w_.k + 1), [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; ++t)
                 scales.get()[t] = quantize_levels(x + t * w_.k, w_.k, x_scale, x_zero_point, levels.get() + t * stride_);
         });
         parallel_for(w_.n, 16, [&](int64_t begin, int64_t end, int thread) {
-            const Work work{decoded.get() + thread * block * kWidth, exact.get() + thread * part, sums.get() + thread * part};
+            const Work work{decoded.of(thread), exact.of(thread), sums.of(thread)};
             for (int64_t t = 0; t < m; t += tokens) {
                 const int64_t here = m - t < tokens ? m - t : tokens;
                 for (int64_t o = begin; o < end; o += block) {

@@ -42,10 +42,9 @@ class IntTileProduct {
         const bool own = threads <= kOwnThreads;
         const int64_t packed_bytes = tiles * 16 * width_;
         const Buffer<uint8_t> packed((own ? threads : 1) * packed_bytes);
-        const Buffer<uint8_t> codes(threads * 2 * kChunkBytes);
-        const Buffer<int32_t> sums(threads * 32 * apart_);
-        const bool several = segments_.count() > 1;
-        const Buffer<float> totals(several ? threads * 32 * block : 0);
+        const PerThread<uint8_t> codes(threads, 2 * kChunkBytes);
+        const PerThread<int32_t> sums(threads, 32 * apart_);
+        const PerThread<float> totals(threads, segments_.count() > 1 ? 32 * block : 0);
         if (!form || !packed || !codes || !sums || !totals) return QNK_NO_MEMORY;
         for (int64_t first = 0; first < m; first += block) {
             const int64_t tokens = m - first < block ? m - first : block;
@@ -60,14 +59,14 @@ class IntTileProduct {
                              [&](int64_t begin, int64_t end) { pack_tiles(begin, end, packed.get()); });
             parallel_for(w_.n, 32, [&](int64_t begin, int64_t end, int thread) {
                 const Tiles scope;
-                const Sums work{sums.get() + thread * 32 * apart_, totals.get() + (several ? thread * 32 * block : 0), nullptr};
+                const Sums work{sums.of(thread), totals.of(thread), nullptr};
                 T* to = y + first * w_.n;
                 uint8_t* x_tiles = packed.get() + (own ? thread * packed_bytes : 0);
                 if (own) pack_tiles(0, (rows + 15) / 16, x_tiles);
                 int64_t o = begin;
                 for (; direct_ && o + 32 <= end; o += 32) multiply_direct(form, rows, x_tiles, bias, to, o, work);
                 if (o == end) return;
-                uint8_t* unpacked = codes.get() + thread * 2 * kChunkBytes;
+                uint8_t* unpacked = codes.of(thread);
                 if (w_.bits == 8)
                     multiply_chunks<8>(form, rows, x_tiles, bias, to, o, end, unpacked, work);
                 else

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
+#include "cpu/buffer.h"
 #include "cpu/vec.h"
 
 namespace qnk {
@@ -101,21 +101,16 @@ struct Sums {
 #endif
 };
 
-// The partial sums of each thread: [threads][k * (d + 1) + 1], the last being the objective. Each thread's begin with a
-// cache line, so that a point's sums are in one where d divides 8.
+// The partial sums of each thread: [k * (d + 1) + 1], the last being the objective. Each thread's begin with a cache line,
+// so that a point's sums are in one where d divides 8.
 class Partials {
   public:
-    Partials(int64_t k, int64_t d, int threads) : k_(k), d_(d), threads_(threads) {
-        const size_t bytes = static_cast<size_t>(threads * size()) * sizeof(int64_t);
-        data_ = static_cast<int64_t*>(aligned_alloc(64, bytes));
-        if (data_) memset(data_, 0, bytes);
+    Partials(int64_t k, int64_t d, int threads) : k_(k), d_(d), threads_(threads), data_(threads, size()) {
+        for (int t = 0; data_ && t < threads; ++t) memset(sums(t), 0, static_cast<size_t>(size()) * sizeof(int64_t));
     }
-    Partials(const Partials&) = delete;
-    Partials& operator=(const Partials&) = delete;
-    ~Partials() { free(data_); }
 
-    explicit operator bool() const { return data_ != nullptr; }
-    int64_t* sums(int thread) const { return data_ + thread * size(); }
+    explicit operator bool() const { return static_cast<bool>(data_); }
+    int64_t* sums(int thread) const { return data_.of(thread); }
     int64_t* mass(int thread) const { return sums(thread) + k_ * d_; }
     int64_t* objective(int thread) const { return mass(thread) + k_; }
 
@@ -130,16 +125,16 @@ class Partials {
     int64_t total_objective() const { return over_threads(k_ * (d_ + 1)); }
 
   private:
-    int64_t size() const { return (k_ * (d_ + 1) + 1 + 7) / 8 * 8; }
+    int64_t size() const { return k_ * (d_ + 1) + 1; }
     int64_t over_threads(int64_t i) const {
         int64_t value = 0;
-        for (int t = 0; t < threads_; ++t) add_to(value, data_[t * size() + i]);
+        for (int t = 0; t < threads_; ++t) add_to(value, sums(t)[i]);
         return value;
     }
 
     int64_t k_, d_;
     int threads_;
-    int64_t* data_;
+    PerThread<int64_t> data_;
 };
 
 }  // namespace QNK_ISA

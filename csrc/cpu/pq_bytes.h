@@ -196,16 +196,17 @@ struct ByteTables {
 // y [n] fp32 <- x [columns] fp32 . W^T + bias; false, with nothing written, if the token or the weight is not for this.
 inline bool multiply_by_bytes(const float* x, const ProductQuantized& w, const float* bias, float* y) {
     const int64_t segments = (w.blocks + kSegment - 1) / kSegment, threads = max_threads(), scratch = kSegment * kEntries;
-    const Buffer<float> floats(w.d * kEntries + threads * scratch + 4 * segments);
+    const Buffer<float> floats(w.d * kEntries + 4 * segments);
+    const PerThread<float> products(threads, scratch);
     const Buffer<uint8_t> bytes(w.blocks * 2 * kEntries);
-    if (!floats || !bytes) return false;
-    float *codewords = floats.get(), *products = codewords + w.d * kEntries, *rest = products + threads * scratch;
+    if (!floats || !products || !bytes) return false;
+    float *codewords = floats.get(), *rest = codewords + w.d * kEntries;
     const ByteTables tables{w,    codewords,       bytes.get(),         rest, rest + segments, rest + 2 * segments,
                             rest + 3 * segments};
     for (int64_t c = 0; c < kEntries; ++c)
         for (int j = 0; j < w.d; ++j) codewords[j * kEntries + c] = c < w.k ? w.codebook[c * w.d + j] : 0.0f;
     parallel_for(segments, 1, [&](int64_t begin, int64_t end, int thread) {
-        float* mine = products + thread * scratch;
+        float* mine = products.of(thread);
         if (w.k < kEntries)
             for (int64_t i = 0; i < scratch; ++i) mine[i] = 0.0f;
         for (int64_t s = begin; s < end; ++s) tables.build(x, s, mine);

@@ -26,7 +26,7 @@ class EntryProduct {
     explicit EntryProduct(const ProductQuantized& w)
         : w_(w), stride_((w.k + kLanes - 1) / kLanes * kLanes), threads_(max_threads()),
           parts_(threads_ < w.blocks ? threads_ : w.blocks), transposed_(w.d * stride_), token_(w.columns()),
-          tables_(threads_ * kTogether * stride_), sums_(parts_ * w.n) {}
+          tables_(threads_, kTogether * stride_), sums_(parts_, w.n) {}
 
     // y [m, n] <- x [m, columns] . W^T + bias
     template <typename T>
@@ -40,14 +40,14 @@ class EntryProduct {
             // threads share the blocks; their sums are added in order
             parallel(parts_, [&](int thread, int team) {
                 for (int64_t part = thread; part < parts_; part += team)
-                    add_blocks(w_.blocks * part / parts_, w_.blocks * (part + 1) / parts_,
-                               tables_.get() + thread * kTogether * stride_, sums_.get() + part * w_.n);
+                    add_blocks(w_.blocks * part / parts_, w_.blocks * (part + 1) / parts_, tables_.of(thread),
+                               sums_.of(part));
             });
             T* to = y + t * w_.n;
             parallel_for(w_.n, 4096, [&](int64_t begin, int64_t end) {
                 for (int64_t o = begin; o < end; ++o) {
-                    float sum = sums_.get()[o];
-                    for (int64_t part = 1; part < parts_; ++part) sum += sums_.get()[part * w_.n + o];
+                    float sum = sums_.of(0)[o];
+                    for (int64_t part = 1; part < parts_; ++part) sum += sums_.of(part)[o];
                     to[o] = from_float<T>(bias ? sum + bias[o] : sum);
                 }
             });
@@ -123,7 +123,8 @@ class EntryProduct {
     int threads_;
     int64_t parts_;
     Buffer<float> transposed_;  // codebook [d][stride]
-    Buffer<float> token_, tables_, sums_;
+    Buffer<float> token_;
+    PerThread<float> tables_, sums_;
 };
 
 }  // namespace QNK_ISA

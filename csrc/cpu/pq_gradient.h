@@ -26,7 +26,8 @@ class Gradients {
         const int64_t chunks = w_.blocks < kChunks ? w_.blocks : kChunks;
         const int threads = max_threads();
         const Buffer<float> grads(w_.n * kLanes), tokens(needs_codebook_ ? kLanes * w_.blocks * padded_ : 0);
-        const Buffer<float> sums(threads * rows * kLanes), x_out(needs_x_ ? columns * kLanes : 0);
+        const PerThread<float> sums(threads, rows * kLanes);
+        const Buffer<float> x_out(needs_x_ ? columns * kLanes : 0);
         const int64_t partial = needs_codebook_ ? w_.k * padded_ : 0;
         const Buffer<float> partials(chunks * partial);
         const Buffer<int64_t> counts(chunks * (mean_ ? w_.k : 0));
@@ -40,7 +41,7 @@ class Gradients {
                         grads.get()[o * kLanes + t] = t < count ? to_float(grad[(first + t) * w_.n + o]) : 0.0f;
             });
             parallel(chunks, [&](int thread, int team) {
-                float* table = sums.get() + thread * rows * kLanes;
+                float* table = sums.of(thread);
                 for (int64_t chunk = chunks * thread / team; chunk < chunks * (thread + 1) / team; ++chunk)
                     for (int64_t b = w_.blocks * chunk / chunks; b < w_.blocks * (chunk + 1) / chunks; ++b) {
                         float* block_tokens = tokens.get() + b * kLanes * padded_;

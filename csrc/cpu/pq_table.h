@@ -108,8 +108,8 @@ inline int multiply_by_tables(const T* x, const ProductQuantized& w, const float
     const int64_t parts = tiles >= threads ? 1 : threads < w.blocks ? threads : w.blocks;
     const int together = tables_together(w);
     const int64_t outputs = w.n * kLanes, table = together * w.k * kLanes, coordinates = w.columns() * kLanes;
-    const Buffer<float> sums((parts > 1 ? parts : threads) * outputs);
-    const Buffer<float> work(threads * table), tokens((parts > 1 ? 1 : threads) * coordinates);
+    const PerThread<float> sums(parts > 1 ? parts : threads, outputs), work(threads, table);
+    const PerThread<float> tokens(parts > 1 ? 1 : threads, coordinates);
     if (!sums || !work || !tokens) return QNK_NO_MEMORY;
     const auto add = [&](int64_t first, int64_t last, const float* from, float* scratch, float* to) {
         for (int64_t i = 0; i < outputs; ++i) to[i] = 0.0f;
@@ -123,16 +123,16 @@ inline int multiply_by_tables(const T* x, const ProductQuantized& w, const float
             }
         });
     };
-    const auto write = [&](int64_t tile, int64_t begin, int64_t end, const float* from, int64_t count_parts) {
+    const auto write = [&](int64_t tile, int64_t begin, int64_t end, const auto& from, int64_t count_parts) {
         const int64_t first = tile * kLanes, count = m - first < kLanes ? m - first : kLanes;
         constexpr int64_t kRun = 16;  // outputs of a token that are written in a row
         alignas(64) float lanes[kRun * kLanes];
         for (int64_t run = begin; run < end; run += kRun) {
             const int64_t length = end - run < kRun ? end - run : kRun;
             for (int64_t i = 0; i < length; ++i) {
-                Vec sum = load(from + (run + i) * kLanes);
+                Vec sum = load(from(0) + (run + i) * kLanes);
                 for (int64_t part = 1; part < count_parts; ++part)
-                    sum = sum + load(from + part * outputs + (run + i) * kLanes);
+                    sum = sum + load(from(part) + (run + i) * kLanes);
                 store(lanes + i * kLanes, sum + splat(bias ? bias[run + i] : 0.0f));
             }
             for (int64_t t = 0; t < count; ++t)
@@ -141,12 +141,12 @@ inline int multiply_by_tables(const T* x, const ProductQuantized& w, const float
     };
     if (parts == 1) {
         parallel(tiles, [&](int thread, int team) {
-            float *to = sums.get() + thread * outputs, *from = tokens.get() + thread * coordinates;
+            float *to = sums.of(thread), *from = tokens.of(thread);
             for (int64_t tile = tiles * thread / team; tile < tiles * (thread + 1) / team; ++tile) {
                 const int64_t first = tile * kLanes;
                 transpose_tokens(x + first * w.columns(), m - first, w.columns(), 0, w.columns(), from);
-                add(0, w.blocks, from, work.get() + thread * table, to);
-                write(tile, 0, w.n, to, 1);
+                add(0, w.blocks, from, work.of(thread), to);
+                write(tile, 0, w.n, [&](int64_t) { return to; }, 1);
             }
         });
         return QNK_OK;
@@ -154,14 +154,16 @@ inline int multiply_by_tables(const T* x, const ProductQuantized& w, const float
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = tile * kLanes;
         parallel_for(w.columns(), 64, [&](int64_t begin, int64_t end) {
-            transpose_tokens(x + first * w.columns(), m - first, w.columns(), begin, end, tokens.get());
+            transpose_tokens(x + first * w.columns(), m - first, w.columns(), begin, end, tokens.of(0));
         });
         parallel(parts, [&](int thread, int team) {
             for (int64_t part = thread; part < parts; part += team)
-                add(w.blocks * part / parts, w.blocks * (part + 1) / parts, tokens.get(), work.get() + thread * table,
-                    sums.get() + part * outputs);
+                add(w.blocks * part / parts, w.blocks * (part + 1) / parts, tokens.of(0), work.of(thread),
+                    sums.of(part));
         });
-        parallel_for(w.n, 64, [&](int64_t begin, int64_t end) { write(tile, begin, end, sums.get(), parts); });
+        parallel_for(w.n, 64, [&](int64_t begin, int64_t end) {
+            write(tile, begin, end, [&](int64_t part) { return sums.of(part); }, parts);
+        });
     }
     return QNK_OK;
 }

@@ -31,8 +31,8 @@ class TileProduct {
         const Buffer<uint16_t> packed(steps_ * tokens_tiles * parts * tile_halves);
         const int threads = max_threads();
         const int64_t weight_size = kSteps * 4 * tile_halves, sums_size = kOutputs / 16 * tokens_tiles * 256;
-        const Buffer<uint16_t> weights(threads * weight_size);
-        const Buffer<float> sums(threads * sums_size);
+        const PerThread<uint16_t> weights(threads, weight_size);
+        const PerThread<float> sums(threads, sums_size);
         if (!packed || !weights || !sums) return QNK_NO_MEMORY;
         for (int64_t first = 0; first < m; first += block_tokens) {
             const int64_t count = m - first < block_tokens ? m - first : block_tokens;
@@ -48,8 +48,8 @@ class TileProduct {
                 const int64_t begin = groups * thread / team * 32, end = groups * (thread + 1) / team * 32;
                 for (int64_t o = begin; o < end; o += kOutputs) {
                     const int64_t outputs = end - o < kOutputs ? end - o : kOutputs;
-                    float* to = sums.get() + thread * sums_size;
-                    multiply_group(packed.get(), tiles, o, outputs, codebook.get(), weights.get() + thread * weight_size, to);
+                    float* to = sums.of(thread);
+                    multiply_group(packed.get(), tiles, o, outputs, codebook.get(), weights.of(thread), to);
                     write(to, tiles, o, outputs, bias, y + first * w_.n, count);
                 }
             });

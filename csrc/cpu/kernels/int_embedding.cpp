@@ -36,14 +36,14 @@ void add_scaled(float* total, const float* row, int64_t apart, const float* fact
 class TransposedProduct {
   public:
     TransposedProduct(const Packed& w, int64_t m)
-        : w_(w), m_(m), strip_(strip(m, w.k)), grad_(m * w.n), totals_(max_threads() * m * strip_) {}
+        : w_(w), m_(m), strip_(strip(m, w.k)), grad_(m * w.n), totals_(max_threads(), m * strip_) {}
 
     template <typename T>
     int multiply(const T* grad, T* grad_x) {
         if (!grad_ || !totals_) return QNK_NO_MEMORY;
         widen(grad, m_ * w_.n, grad_.get());
         parallel_for(w_.k, kColumns, [&](int64_t begin, int64_t end, int thread) {
-            float* total = totals_.get() + thread * m_ * strip_;
+            float* total = totals_.of(thread);
             for (int64_t column = begin; column < end; column += strip_) {
                 const int64_t last = column + strip_ < end ? column + strip_ : end, columns = last - column;
                 add_rows(column, last, total);
@@ -94,7 +94,8 @@ class TransposedProduct {
 
     const Packed& w_;
     int64_t m_, strip_;
-    Buffer<float> grad_, totals_;
+    Buffer<float> grad_;
+    PerThread<float> totals_;
 };
 
 }  // namespace

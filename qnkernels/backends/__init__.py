@@ -68,6 +68,20 @@ def _select(op: str, device_type: str, forced: str | None) -> Callable:
     return kernels("reference")[op]
 
 
+def select_whole(op: str) -> Callable | None:
+    """What serves `op` on the CPU without checks of its arguments, if anything does: it returns None for what
+    it leaves to the callable of `select`.
+    """
+    return _select_whole(op, _forced)
+
+
+@functools.cache
+def _select_whole(op: str, forced: str | None) -> Callable | None:
+    if forced not in (None, "cpu") or isinstance(_load("cpu"), BackendUnavailable):
+        return None
+    return importlib.import_module(f"{__name__}.cpu_tensors").load().get(op)
+
+
 def _steps(op: str, device_type: str) -> dispatch.Steps:
     """The backends that serve `op`, by size; empty where none but the reference does."""
     loaded = {name: _load(name) for name in PREFERENCE.get(device_type, ())}

@@ -109,6 +109,7 @@ CUDA_QUERIES = {
     "use_wgmma": [INT],
 }
 
+NOT_SERVED = 6  # of functions that take tensors whole
 STATUS = {
     1: "bits: expected 2 to 16 (4 or 8 where packed)",
     2: "dtype: expected float32, bfloat16 or float16",
@@ -123,9 +124,13 @@ def build_info() -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def library_path(name: str) -> Path:
+    return FOLDER / f"libqnkernels_{name}.so"
+
+
 def open_library(name: str) -> ctypes.CDLL:
     """libqnkernels_<name>.so; raises BackendUnavailable with what to do."""
-    path = FOLDER / f"libqnkernels_{name}.so"
+    path = library_path(name)
     if not path.exists():
         hint = "pip install ." if name == "cpu" else "QNKERNELS_CUDA=on pip install . (needs nvcc)"
         raise BackendUnavailable(f"the {name} library was not built; run `{hint}` in the source tree")

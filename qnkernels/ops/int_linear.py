@@ -2,7 +2,7 @@
 
 import torch
 
-from ..backends import select
+from ..backends import select, select_whole
 from . import checks
 from .library import autograd, op
 
@@ -67,6 +67,9 @@ def _fake(x, weight, scale, zero_point, bias, bits):
     _fake,
 )
 def int_linear(x, weight, scale, zero_point, bias, bits):
+    whole = select_whole("int_linear") if x.is_cpu else None
+    if whole is not None and (y := whole(x, weight, scale, zero_point, bias, bits)) is not None:
+        return y
     _check(x, weight, scale, zero_point, bias, bits)
     rows = x.contiguous() if x.dim() == 2 else checks.rows(x)
     if zero_point is not None:
@@ -145,7 +148,11 @@ def _fake_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_po
     _fake_quantized,
 )
 def int_linear_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
-    _check_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point)
+    arguments = (x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point)
+    whole = select_whole("int_linear_quantized") if x.is_cpu else None
+    if whole is not None and (y := whole(*arguments)) is not None:
+        return y
+    _check_quantized(*arguments)
     rows = x.contiguous() if x.dim() == 2 else checks.rows(x)
     if zero_point is not None:
         zero_point = zero_point.contiguous()

@@ -1,0 +1,172 @@
+"""Kernels that take tensors whole: the bits of the others, and None for all that is in another form."""
+
+import ctypes
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from helpers_int_linear import random_packed, seeded
+from numeric import DTYPES, assert_identical
+
+import qnkernels as qnk
+from qnkernels import functional as F
+from qnkernels.backends import cpu_tensors, select, select_whole
+
+M, N, K = 3, 40, 128
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.Tensor, cpu_tensors.TABLE), reason="this torch offers no table of functions"
+)
+
+
+def whole(op: str):
+    found = select_whole(op)
+    assert found is not None
+    return found
+
+
+def layer(bits=8, groups=2, zero_point=True, dtype=torch.float32, bias_dtype=torch.float32, m=M, n=N, k=K):
+    """x, weight, scale, zero point, bias and bits."""
+    generator = seeded(bits * groups)
+    bias = None if bias_dtype is None else torch.randn(n, generator=generator).to(bias_dtype)
+    packed = random_packed(n, k, bits, groups, generator, zero_point).arguments
+    return torch.randn(m, k, generator=generator).to(dtype), *packed, bias, bits
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, None])
+@pytest.mark.parametrize("zero_point", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits(dtype, bits, groups, zero_point, bias_dtype):
+    arguments = layer(bits, groups, zero_point, dtype, bias_dtype)
+    y = whole("int_linear")(*arguments)
+    assert y.dtype == dtype
+    assert_identical(y, select("int_linear", "cpu")(*arguments))
+    for range_ in ((None, None), (torch.tensor(0.03), torch.tensor(100.0))):
+        y = whole("int_linear_quantized")(*arguments, *range_)
+        assert_identical(y, select("int_linear_quantized", "cpu")(*arguments, *range_))
+
+
+@pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, K), (2, 1, 3, K)])
+def test_leading_dimensions(shape):
+    _, *rest = layer()
+    x = torch.randn(shape)
+    y = whole("int_linear")(x, *rest)
+    assert y.shape == (*shape[:-1], N)
+    assert_identical(y.reshape(-1, N), select("int_linear", "cpu")(x.reshape(-1, K), *rest))
+
+
+def test_parameters_and_tensors_of_inference_mode():
+    x, *packed, bias, bits = layer()
+    expected = select("int_linear", "cpu")(x, *packed, bias, bits)
+    assert_identical(whole("int_linear")(x, *packed, torch.nn.Parameter(bias), bits), expected)
+    with torch.inference_mode():
+        assert_identical(whole("int_linear")(x.clone(), *packed, bias, bits), expected)
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, not contiguous."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+X, WEIGHT, SCALE, ZERO_POINT, BIAS, BITS = range(6)
+
+
+@pytest.mark.parametrize(
+    ("position", "change"),
+    [
+        *((position, _apart) for position in range(BITS)),
+        *((position, lambda t: t.double()) for position in range(BITS)),
+        *((position, lambda t: t.to("meta")) for position in range(BITS)),
+        *((position, lambda t: t[:0]) for position in range(BITS)),
+        *((position, lambda t: t[..., :-1].contiguous()) for position in (X, WEIGHT, ZERO_POINT, BIAS)),
+        *((position, lambda t: t[None]) for position in (WEIGHT, SCALE, ZERO_POINT, BIAS)),
+        *((position, lambda t: t[:-1]) for position in (WEIGHT, SCALE, ZERO_POINT)),
+        (X, lambda t: torch.zeros(())),
+        (X, lambda t: t.to_sparse()),
+        (WEIGHT, lambda t: t[0]),
+        (WEIGHT, lambda t: t.view(torch.int8)),
+        (SCALE, lambda t: torch.ones(N, 3)),
+        (SCALE, lambda t: t[:, 0].contiguous()),
+        (ZERO_POINT, lambda t: t.view(torch.int8)),
+        (BIAS, lambda t: t.half()),
+        (BITS, lambda bits: 3),
+    ],
+)
+def test_anything_else_is_left_to_others(position, change):
+    arguments = list(layer())
+    arguments[position] = change(arguments[position])
+    assert whole("int_linear")(*arguments) is None
+    assert whole("int_linear_quantized")(*arguments, None, None) is None
+    ctypes.pythonapi.PyErr_Occurred.restype = ctypes.c_void_p
+    assert ctypes.pythonapi.PyErr_Occurred() is None
+
+
+@pytest.mark.parametrize(
+    "range_",
+    [
+        (torch.tensor(0.03), None),
+        (None, torch.tensor(100.0)),
+        (torch.tensor([0.03]), torch.tensor([100.0])),
+        (torch.tensor(0.03).double(), torch.tensor(100.0)),
+    ],
+)
+def test_ranges_of_another_form_are_left_to_others(range_):
+    assert whole("int_linear_quantized")(*layer(), *range_) is None
+
+
+def test_the_op_takes_other_forms_all_the_same():
+    x, weight, scale, zero_point, bias, bits = layer()
+    expected = F.int_linear(x, weight, scale, zero_point, bias, bits)
+    for half in (bias.half(), bias.bfloat16()):
+        assert_identical(
+            F.int_linear(x, weight, scale, zero_point, half, bits),
+            F.int_linear(x, weight, scale, zero_point, half.float(), bits),
+        )
+    packed = [_apart(t) for t in (weight, scale, zero_point)]
+    assert_identical(F.int_linear(_apart(x), *packed, _apart(bias), bits), expected)
+
+
+def test_only_where_the_cpu_backend_serves():
+    assert select_whole("fake_quantize") is None
+    with qnk.backend("reference"):
+        assert select_whole("int_linear") is None
+    with qnk.backend("cpu"):
+        assert select_whole("int_linear") is not None
+
+
+def test_a_torch_without_the_table(monkeypatch):
+    monkeypatch.setattr(cpu_tensors, "TABLE", "no such attribute")
+    assert cpu_tensors.load() == {}
+
+
+@pytest.fixture
+def quick_switches():
+    """Python's threads change after 0.1 ms, not 5: calls take tens of milliseconds."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_other_python_threads_run_meanwhile(quick_switches):
+    arguments = layer(m=1024, n=2048, k=2048, groups=1)
+    call = whole("int_linear")
+    spans, moments = [], []
+
+    def compute():
+        for _ in range(4):
+            start = time.perf_counter()
+            call(*arguments)
+            spans.append((start, time.perf_counter()))
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    while thread.is_alive():
+        moments.append(time.perf_counter())
+    thread.join()
+    places = [(moment - start) / (end - start) for start, end in spans for moment in moments]
+    assert any(0.3 < place < 0.7 for place in places)  # with the lock held, only at both ends

@@ -21,11 +21,12 @@ struct Ahead {
     int shift;
 };
 
-// Where sums of a whole segment are scaled and added to totals as they leave the registers.
+// How sums of whole segments become totals as they leave the registers.
 struct Scaling {
-    const float* scale;  // of the first row, those of others `apart`; null: they are stored as they are
-    int64_t apart, rows;
-    bool first;  // segment of a row
+    const float* factors;  // [segments][32 rows]; null: sums are stored as they are
+    int64_t segments, rows;
+    int64_t apart;  // bytes between the same tokens of two segments
+    bool first;     // of a row
 };
 
 #if defined(__AMX_INT8__)
@@ -142,8 +143,9 @@ inline void direct_product(const uint8_t* a, int64_t row_bytes, const uint8_t* b
 }
 constexpr bool kDirect = true, kScales = false;
 #else
-// c [Rows, `apart`] (+)= products of Rows rows of a 64 bytes apart, of each step 2 tiles; with scales c holds totals in
-// fp32. (Not inlined: beside other code the compiler stores sums that would fit the registers.)
+// c [Rows, `apart`] (+)= products of Rows rows of a 64 bytes apart, of each step 2 tiles; with factors c holds totals in
+// fp32, and the sums of `steps` steps are multiplied by a factor before those of the next segment are added to them. (Not
+// inlined: beside other code the compiler stores sums that would fit the registers.)
 template <typename Form, int Rows, int Tiles>
 __attribute__((noinline)) void row_products(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps,
                                             bool first, Ahead ahead, Scaling scaling) {
@@ -152,30 +154,42 @@ __attribute__((noinline)) void row_products(const uint8_t* a, const uint8_t* b, 
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
         for (int i = 0; i < Tiles; ++i) total[r][i] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(c + r * apart + 16 * i);
-    for (int64_t step = 0; step < steps; ++step, a += 2 * kTileBytes, b += (Tiles - 1) * kTileBytes) {
+    for (int64_t segment = 1, done = 0;; ++segment) {
+        for (int64_t step = 0; step < steps; ++step, ++done, a += 2 * kTileBytes, b += (Tiles - 1) * kTileBytes) {
 #pragma GCC unroll 1
-        for (int quad = 0; quad < 16; ++quad, b += 64) {
-            const uint8_t* line = ahead.from + quad * Rows / 16 * ahead.row_bytes + (step >> ahead.shift) * 64;
-            _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
-            __m512i x[Tiles];
+            for (int quad = 0; quad < 16; ++quad, b += 64) {
+                const uint8_t* line = ahead.from + quad * Rows / 16 * ahead.row_bytes + (done >> ahead.shift) * 64;
+                _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
+                __m512i x[Tiles];
 #pragma GCC unroll 2
-            for (int i = 0; i < Tiles; ++i) x[i] = _mm512_load_si512(b + i * kTileBytes);
+                for (int i = 0; i < Tiles; ++i) x[i] = _mm512_load_si512(b + i * kTileBytes);
 #pragma GCC unroll 16
-            for (int r = 0; r < Rows; ++r) {
-                int32_t four;
-                __builtin_memcpy(&four, a + r * 64 + quad * 4, 4);
-                const __m512i codes = _mm512_set1_epi32(four);
+                for (int r = 0; r < Rows; ++r) {
+                    int32_t four;
+                    __builtin_memcpy(&four, a + r * 64 + quad * 4, 4);
+                    const __m512i codes = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
-                for (int i = 0; i < Tiles; ++i)
-                    total[r][i] = Form::kBytes ? byte_products(total[r][i], codes, x[i])
-                                               : bf16_products(total[r][i], codes, x[i]);
+                    for (int i = 0; i < Tiles; ++i)
+                        total[r][i] = Form::kBytes ? byte_products(total[r][i], codes, x[i])
+                                                   : bf16_products(total[r][i], codes, x[i]);
+                }
             }
         }
-    }
-    if (scaling.scale) {
+        if (segment >= scaling.segments) break;
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
-            const Vec scale = splat(scaling.scale[(r < scaling.rows ? r : 0) * scaling.apart]);
+            const Vec factor = splat(scaling.factors[r]);
+#pragma GCC unroll 2
+            for (int i = 0; i < Tiles; ++i)
+                total[r][i] = _mm512_castps_si512((Vec{_mm512_castsi512_ps(total[r][i])} * factor).v);
+        }
+        scaling.factors += 32;
+        b += scaling.apart - steps * Tiles * kTileBytes;
+    }
+    if (scaling.factors) {
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) {
+            const Vec scale = splat(scaling.factors[r]);
 #pragma GCC unroll 2
             for (int i = 0; i < Tiles; ++i) {
                 float* to = reinterpret_cast<float*>(c + r * apart + 16 * i);
@@ -195,13 +209,13 @@ template <typename Form, int Tiles, typename Feed>
 inline void tile_product(const uint8_t* a, const uint8_t* b, int32_t* c, int64_t apart, int64_t steps, bool first,
                          Feed& feed, Scaling scaling) {
     constexpr int kRows = 16 / Tiles;
-    for (int64_t step = 0; step < steps; ++step) feed.step();
+    for (int64_t step = 0; step < steps * (scaling.factors ? scaling.segments : 1); ++step) feed.step();
     Ahead ahead = feed.ahead();
-    for (int row = 0; row < 32 && (!scaling.scale || scaling.rows > 0); row += kRows) {
+    for (int row = 0; row < 32 && (!scaling.factors || scaling.rows > 0); row += kRows) {
         row_products<Form, kRows, Tiles>(a + row / 16 * kTileBytes + row % 16 * 64, b, c + row * apart, apart, steps, first, ahead,
                                          scaling);
         ahead.from += kRows * ahead.row_bytes;
-        if (scaling.scale) scaling.scale += kRows * scaling.apart, scaling.rows -= kRows;
+        if (scaling.factors) scaling.factors += kRows, scaling.rows -= kRows;
     }
 }
 template <int Tiles>

@@ -77,13 +77,15 @@ class IntTileProduct {
     }
 
   private:
-    static constexpr int64_t kSteps = 8;         // of a chunk
+    static constexpr int64_t kSteps = kHasTiles ? 8 : 16;  // of a chunk
     static constexpr int64_t kWholeRow = 24;     // steps of a row that is one chunk: its sums need not be stored in between
     static constexpr int64_t kMostRows = 256;    // of activations in a block
     static constexpr int64_t kCache = kHasTiles ? 1 << 20 : 1 << 21;  // bytes of them
     static constexpr int64_t kDirectRows = 48;   // three tiles
     static constexpr int64_t kChunkBytes = kWholeRow * 2 * kTileBytes;
     static constexpr int64_t kMostSegments = 4;  // of a chunk
+    // Of two scales of a row, for sums to be multiplied by the quotient: three of them leave sums of 256 columns below 2^127.
+    static constexpr float kMostFactor = 8.0f;
 
     // A row of ones gives the sums of the weight's codes, where activations have zero points.
     int64_t ones() const { return Form::kBytes && how_.bytes == 1 ? 1 : 0; }
@@ -205,6 +207,7 @@ class IntTileProduct {
     void multiply_chunks(const Form& form, int64_t rows, const uint8_t* packed, const float* bias, T* y, int64_t begin,
                          int64_t end, uint8_t* unpacked, Sums work) const {
         alignas(64) int32_t code_sums[2][kMostSegments][32] = {};
+        alignas(64) float factors[kMostSegments * 32];
         const int64_t tiles = (rows + 15) / 16;
         Chunk now{begin};
         measure(form, now);
@@ -219,25 +222,26 @@ class IntTileProduct {
                             unpacked + (parity ^ kChunkBytes), code_sums, slots};
             const uint8_t* codes = unpacked + parity;
             int64_t done = 0;
-            for (int64_t k = 0; k < now.segments; ++k) {
+            for (int64_t k = 0, together; k < now.segments; k += together) {
                 const Segment& s = segments_[now.i + k];
                 const int64_t steps = now.segments > 1 ? form.steps(s) : now.steps;
-                const Scaling scaling = scaling_of(form, now.o, now.i + k, end);
-                const int64_t apart = scaling.scale ? tiles * 16 : apart_;
+                const Scaling scaling = scaling_of(form, now.o, now.i + k, now.segments - k, end, tiles, factors);
+                together = scaling.factors ? scaling.segments : 1;
+                const int64_t apart = scaling.factors ? tiles * 16 : apart_;
                 for (int64_t pair = 0; pair * 2 < tiles; ++pair) {
                     const uint8_t* b = packed + place(form, s, now.step, pair, tiles);
-                    int32_t* c = (scaling.scale ? reinterpret_cast<int32_t*>(work.totals) : work.products) + pair * 32;
+                    int32_t* c = (scaling.factors ? reinterpret_cast<int32_t*>(work.totals) : work.products) + pair * 32;
                     feed.line = pair == 0 ? done : -1;
                     if (tiles - 2 * pair > 1)
                         tile_product<Form, 2>(codes, b, c, apart, steps, now.step == 0, feed, scaling);
                     else
                         tile_product<Form, 1>(codes, b, c, apart, steps, now.step == 0, feed, scaling);
                 }
-                codes += steps * 2 * kTileBytes;
-                done += steps;
-                if (scaling.scale) {
+                codes += together * steps * 2 * kTileBytes;
+                done += together * steps;
+                if (scaling.factors) {
                     if constexpr (!Form::kBytes)
-                        if (now.i + k + 1 == segments_.count()) form.finish_totals(bias, y, now.o, end, work);
+                        if (now.i + k + together == segments_.count()) form.finish_totals(bias, y, now.o, end, work);
                 } else if (now.step + steps == form.steps(s)) {
                     work.of_codes = code_sums[now.turn][k];
                     form.finish(now.i + k, bias, y, now.o, end, apart_, work);
@@ -251,10 +255,26 @@ class IntTileProduct {
         }
     }
 
-    // How sums of segment i of rows from o on are scaled at once, where there are several and each is within a chunk.
-    Scaling scaling_of(const Form& form, int64_t o, int64_t i, int64_t end) const {
+    // How sums of rows from o on are scaled at once, where a row has several segments and each is within a chunk: those of
+    // segment i, and, as far as scales do not differ too much, of those after it, up to `most`. factors: [most][32].
+    Scaling scaling_of(const Form& form, int64_t o, int64_t i, int64_t most, int64_t end, int64_t tiles, float* factors) const {
         if (Form::kBytes || !kScales || segments_.count() == 1 || form.steps(segments_[i]) > chunk_) return {};
-        return {w_.scale + o * w_.groups + segments_[i].group, w_.groups, end - o, i == 0};
+        const int64_t rows = end - o < 32 ? end - o : 32, steps = form.steps(segments_[i]);
+        const auto scale = [&](int64_t r, int64_t k) { return w_.scale[(o + r) * w_.groups + segments_[i + k].group]; };
+        int64_t count = 1;
+        for (; count < most && form.steps(segments_[i + count]) == steps; ++count) {
+            float* to = factors + (count - 1) * 32;
+            bool near = true;
+            for (int64_t r = 0; r < rows; ++r) {
+                to[r] = scale(r, count - 1) / scale(r, count);
+                near &= to[r] >= 1.0f / kMostFactor && to[r] <= kMostFactor;
+            }
+            if (!near) break;
+        }
+        for (int64_t r = 0; r < rows; ++r) factors[(count - 1) * 32 + r] = scale(r, count - 1);
+        for (int64_t k = 0; k < count; ++k)
+            for (int64_t r = rows; r < 32; ++r) factors[k * 32 + r] = 0.0f;
+        return {factors, count, end - o, steps * tiles * kTileBytes, i == 0};
     }
 
     // y of 32 rows of 8-bit codes from o on, in one segment.

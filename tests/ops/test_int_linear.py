@@ -227,6 +227,22 @@ def test_other_magnitudes(x_scale, scale, dtype):
             check((x * x_scale).to(dtype), scaled)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0, 2, 40])
+@pytest.mark.parametrize("group", [32, 64, 128, 384])
+def test_scales_of_a_row_far_apart(group, spread, dtype):
+    """Quotients of neighbours of up to 2^spread; some scales are 0, and all of a group beside others of 1."""
+    generator = seeded(group + spread)
+    k = 6 * group
+    packed = random_packed(70, k, 4, 6, generator)
+    packed.scale.copy_(torch.exp2(-10 - spread * torch.rand(70, 6, generator=generator)))
+    packed.scale[33:40, 2] = 0
+    packed.scale[::9, 3] = 0
+    packed.scale[5, 1:5] = 1
+    for m in (1, 5, 16, 40, 70, 257):
+        check(activations(m, k, "plain", generator).to(dtype), packed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_are_not_finite_leave_the_others_alone(backend, dtype):
     """They are not finite anywhere, as in a plain product; zeros and huge rows beside them are exact."""

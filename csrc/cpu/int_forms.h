@@ -274,7 +274,7 @@ class Bf16Form {
 
   private:
     static bool holds(const bf16* x, int64_t k) {
-        constexpr uint16_t kLeast = (127 - 100) << 7, kLarge = (127 + 100) << 7, kInfinite = (127 + 128) << 7;
+        constexpr uint16_t kLeast = (127 - 91) << 7, kLarge = (127 + 100) << 7, kInfinite = (127 + 128) << 7;
         uint16_t most = largest(x, k, kInfinite + 0x7f);
         if (most >= kInfinite) most = largest(x, k, kInfinite - 1);
         return most < kLarge && (!most || most >= kLeast);

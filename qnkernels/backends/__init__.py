@@ -77,7 +77,7 @@ def select_whole(op: str) -> Callable | None:
 
 @functools.cache
 def _select_whole(op: str, forced: str | None) -> Callable | None:
-    if forced not in (None, "cpu") or isinstance(_load("cpu"), BackendUnavailable):
+    if forced != "cpu" and (forced is not None or _steps(op, "cpu") != (("cpu", None),)):
         return None
     return importlib.import_module(f"{__name__}.cpu_tensors").load().get(op)
 

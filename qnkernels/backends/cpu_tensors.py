@@ -13,18 +13,17 @@ import torch
 from .native import NOT_SERVED, library_path, raise_for_status
 
 TABLE = "__dlpack_c_exchange_api__"
+CODE_BITS = (4, 8)
 
 
 def load() -> dict[str, Callable]:
     """By op name, with the op's signature; empty where torch or the library lacks what it takes."""
-    capsule = getattr(torch.Tensor, TABLE, None)
-    if capsule is None:
-        return {}
-    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer_of.argtypes, pointer_of.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
+    table = _table()
     library = ctypes.PyDLL(str(library_path("cpu")))  # which keeps the interpreter's lock
+    if table is None or not hasattr(library, "qnk_cpu_tensors"):
+        return {}
     library.qnk_cpu_tensors.argtypes = (ctypes.c_void_p, ctypes.py_object)
-    if not library.qnk_cpu_tensors(pointer_of(capsule, b"dlpack_exchange_api"), None):
+    if not library.qnk_cpu_tensors(table, None):
         return {}
     tensors = (ctypes.py_object,) * 6
     library.qnk_cpu_int_linear_tensors.argtypes = (*tensors, ctypes.c_int)
@@ -35,14 +34,27 @@ def load() -> dict[str, Callable]:
     }
 
 
+def _table() -> int | None:
+    """The address of the table; None where torch has none."""
+    pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    try:
+        return pointer_of(("PyCapsule_GetPointer", ctypes.pythonapi))(
+            getattr(torch.Tensor, TABLE), b"dlpack_exchange_api"
+        )
+    except (AttributeError, ValueError):
+        return None
+
+
 def _layer(function: Callable) -> Callable:
     def call(x, weight, scale, zero_point, bias, bits, *rest):
-        if weight.dim() != 2:
+        shape, packed = x.shape, weight.shape
+        # what the size of y depends on; C would take some bits of a larger number
+        if not shape or len(packed) != 2 or bits not in CODE_BITS or shape[-1] * bits != packed[1] * 8:
             return None
-        if x.dim() == 2:
-            y = x.new_empty(x.shape[0], weight.shape[0])
+        if len(shape) == 2:
+            y = x.new_empty(shape[0], packed[0])
         else:
-            y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+            y = x.new_empty((*shape[:-1], packed[0]))
         status = function(x, weight, scale, zero_point, bias, y, bits, *rest)
         if status == NOT_SERVED:
             return None

@@ -27,7 +27,7 @@ def _check_weight(weight, scale, zero_point, bits) -> int:
         checks.check_dtype("scale", scale, FLOAT32)
     if scale.device != device:
         checks.check_same_device("scale", scale, device)
-    if len(groups) != 2 or groups[0] != packed[0] or (groups[1] > 1 and in_features % groups[1]):
+    if len(groups) != 2 or groups[0] != packed[0] or groups[1] < 1 or in_features % groups[1]:
         checks.fail("scale", f"[{packed[0]}, groups], groups a divisor of {in_features}", tuple(groups))
     if zero_point is not None:
         if zero_point.dtype is not UINT8:

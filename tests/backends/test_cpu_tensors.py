@@ -1,6 +1,6 @@
 """Kernels that take tensors whole: the bits of the others, and None for all that is in another form."""
 
-import ctypes
+import ctypes.util
 import sys
 import threading
 import time
@@ -93,7 +93,7 @@ X, WEIGHT, SCALE, ZERO_POINT, BIAS, BITS = range(6)
         (SCALE, lambda t: t[:, 0].contiguous()),
         (ZERO_POINT, lambda t: t.view(torch.int8)),
         (BIAS, lambda t: t.half()),
-        (BITS, lambda bits: 3),
+        *((BITS, lambda bits, large=large: bits + large) for large in (1, 2**32, 2**64)),
     ],
 )
 def test_anything_else_is_left_to_others(position, change):
@@ -138,9 +138,24 @@ def test_only_where_the_cpu_backend_serves():
         assert select_whole("int_linear") is not None
 
 
-def test_a_torch_without_the_table(monkeypatch):
-    monkeypatch.setattr(cpu_tensors, "TABLE", "no such attribute")
+@pytest.mark.parametrize("table", ["no such attribute", "__doc__"])
+def test_a_torch_without_the_table(monkeypatch, table):
+    monkeypatch.setattr(cpu_tensors, "TABLE", table)
     assert cpu_tensors.load() == {}
+
+
+def test_a_library_without_the_functions(monkeypatch):
+    monkeypatch.setattr(cpu_tensors, "library_path", lambda _: ctypes.util.find_library("m"))
+    assert cpu_tensors.load() == {}
+
+
+def test_a_result_too_large_to_exist_is_not_asked_for():
+    """Errors are those of the arguments, not of the memory for y."""
+    many = 2_000_000
+    with pytest.raises(ValueError, match=r"x: expected \[..., 8\]"):
+        F.int_linear(
+            torch.zeros(many, 4), torch.zeros(many, 4, dtype=torch.uint8), torch.ones(many, 1), bits=4
+        )
 
 
 @pytest.fixture

@@ -47,7 +47,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     load = backends._load
     loaded = {name: pretend(name) for name in dispatch.CHOICES}
     monkeypatch.setattr(backends, "_load", lambda name: loaded[name] if name in loaded else load(name))
-    monkeypatch.setattr(backends, "_select", backends._select.__wrapped__)
+    for cached in ("_select", "_select_whole"):
+        monkeypatch.setattr(backends, cached, getattr(backends, cached).__wrapped__)
     return names
 
 

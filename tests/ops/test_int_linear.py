@@ -243,6 +243,17 @@ def test_scales_of_a_row_far_apart(group, spread, dtype):
         check(activations(m, k, "plain", generator).to(dtype), packed)
 
 
+@pytest.mark.parametrize("least", [90, 95, 100, 110])
+def test_tiny_sums_under_scales_that_grow(least):
+    """Sums of the first group, of a value 2^-18 of the largest, are all there is."""
+    codes = torch.full((32, 512), 8, dtype=torch.uint8)
+    codes[:, 0] = 9
+    scale = torch.tensor([1.0, 8.0, 64.0, 512.0]).expand(32, 4).contiguous()
+    x = torch.zeros(64, 512)
+    x[:, 0], x[:, -1] = 2.0 ** -(least + 18), 2.0**-least
+    check(x.bfloat16(), Packed(pack(codes, 4), scale, None, 4))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_are_not_finite_leave_the_others_alone(backend, dtype):
     """They are not finite anywhere, as in a plain product; zeros and huge rows beside them are exact."""
@@ -336,6 +347,7 @@ X = torch.randn(3, 16)
         (lambda: F.int_linear(X, WEIGHT.to(torch.int8), SCALE), TypeError, ("weight", "uint8", "int8")),
         (lambda: F.int_linear(X, WEIGHT, SCALE, bits=3), ValueError, ("bits", "3")),
         (lambda: F.int_linear(X, WEIGHT, SCALE[:5]), ValueError, ("scale", "[6, groups]", "(5, 2)")),
+        (lambda: F.int_linear(X, WEIGHT, SCALE[:, :0]), ValueError, ("scale", "[6, groups]", "(6, 0)")),
         (lambda: F.int_linear(X, WEIGHT, SCALE.double()), TypeError, ("scale", "float64")),
         (lambda: F.int_linear(X, WEIGHT, SCALE, ZERO[:, :1]), ValueError, ("zero_point", "(6, 2)", "(6, 1)")),
         (lambda: F.int_linear(X, WEIGHT, SCALE, ZERO, torch.ones(5)), ValueError, ("bias", "(6,)", "(5,)")),

@@ -45,10 +45,19 @@ to 12 tokens, 12 1750 -> 873 (1179). int4 with bf16 in tiles, batch 256: sums sc
 registers and one permutation to decode 22.8 -> 20.0 ms on one core, where products alone take 16.4; twice
 as many tokens at once 10.7 -> 10.4 on two. Tried on dynamic int8 from the cache, batch 1: prefetches 8 and
 16 rows ahead, or into the first level, the same; none, slower.
-On Zen 4 (2 cores, 32 MB of cache shared with strangers; the CSV): means 3.5 and 1.19 (weight-only int8), 1.07
-and 2.5 (dynamic), 2.4 and 1.16 (int4), 1.78 in all, 13 of 120 points below 0.9 (int4 with bf16 at batch 256,
-with fp32 at two shapes, dynamic int8 now and then); one core multiplies 236 G pairs of bytes and 118 G of
-bf16 a second. int4 with bf16, few tokens, as bf16 and not as bytes, 768x768 on one core, us: 1 token 17 ->
+On Zen 4 (2 cores, 32 MB of cache shared with strangers; the CSV): means 3.6 and 1.19 (weight-only int8), 1.18
+and 2.7 (dynamic), 3.1 and 1.17 (int4), 1.92 in all, none of 120 points below 0.9 (13 before what follows, 5
+in a run half-way); one core multiplies 236 G pairs of bytes and 118 G of bf16 a second. What gave it, ours
+before and after (F.linear of the dtype), interleaved on 2 cores: what threads write 64 KiB apart, since
+prefetchers run on past the end of one thread's totals and take lines away from the next one's core (32 KiB
+do nearly as well, 8 do not; by process it cost from nothing to all): int4 with fp32, 4096x4096, batch 16 / 64
+/ 256 4.7 / 21.0 / 82 -> 2.9 / 10.2 / 43 ms (10.1 / 20.5 / 60), with bf16, batch 256, 768x768 1033 -> 769 us
+(754), 11008x4096 85 -> 58 ms (55); int8 with fp32, 4096x4096, 64 10.4 -> 7.9 ms; with AVX2 forced, 16 5.6 ->
+4.0. Sums of four groups joined in registers by quotients of their scales, and chunks of 512 columns instead
+of 256: int4 with bf16, batch 256, 768x768 808 -> 768 us (760), 4096x4096 23.1 -> 21.8 ms (20.9), 11008x4096
+65 -> 59 (56). Tensors handed over whole: a call 9.5 -> 6.2 us (F.linear 3.1). Tried on these: rows in pieces
+that threads take as they come to them, large pages for work memory, codes asked for into the first level
+right before they are decoded, 64 tokens at once, chunks of 768 columns: all the same within the noise. int4 with bf16, few tokens, as bf16 and not as bytes, 768x768 on one core, us: 1 token 17 ->
 12.6, 4 53 -> 35, 8 103 -> 69, 16 in tiles 127; calls of 1, 4 and 16 21, 44 and 141, torch's 4-bit product 32,
 57 and 218. Decoding to bf16 for oneDNN was no faster there from batch 16 on; codes as the last byte of 2^23
 in fp32, less a subtraction and a conversion, the same as before.

@@ -25,7 +25,9 @@ segment kept in the first-level cache while all outputs meet them (they were rea
 each 256 outputs), sums widened by vectors and products of a block from registers gave 73. By count of
 instructions look-ups take 25 us and tables 10. By table rows, on Zen 4: tables of four blocks at once (64
 KiB) instead of two 17.9 -> 14.8 ms at batch 256, rows of 8 tokens instead of 16 18.5 ms, tokens and outputs
-transposed in runs of 16 a further tenth.
+transposed in runs of 16 a further tenth. There, too, what threads write lies 64 KiB apart (see
+bench_int_linear; 2 cores, interleaved): d = 8, K = 256, batch 16 0.95 -> 0.86 ms, 256 13.6 -> 12.2, gradients
+of 512 tokens 92 -> 68; K = 1024 2.3 -> 1.9, 35 -> 30, 136 -> 127.
 With AVX2 alone (Zen, 2.5 GHz, 2 cores), fp32, medians of a plain loop, beside F.linear in fp32 and
 quantize_dynamic: batch 1 0.65 ms (0.86 with the codes out of the caches), 4.1, 1.19: 6.3x and not 8x, 1.8x
 and not 2x; 16 2.64, 32, 7.6; 64 9.7, 57, 30; 256 40.5, 157, 124: 3.9x and not 4x; step of 512, before the

@@ -1,4 +1,5 @@
-// The C ABI of qnkernels: plain pointers, sizes and, on a GPU, a stream. No torch, no Python.
+// The C ABI of qnkernels: plain pointers, sizes and, on a GPU, a stream. No torch, and no Python but for the three functions
+// that say so.
 //
 // Shapes and layouts stand beside each argument; all arrays are contiguous. Functions return a qnk_status.
 // dtype arguments are qnk_dtype values. `seed` and `bits` are read through pointers, so that they may change

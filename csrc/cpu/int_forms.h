@@ -191,8 +191,9 @@ class Bf16Form {
         return to_bf16(values, values);
     }
 
-    // False where a row [k] has only magnitudes so small that products would take parts of it for zero, or finite ones so
-    // large that their sums may be infinite before they are scaled.
+    // False where a row [k] has only magnitudes so small that products would take parts of it for zero (of sums, too, that
+    // quotients of scales have made up to 2^9 smaller), or finite ones so large that their sums may be infinite before they
+    // are scaled.
     static bool holds(const bf16* x, int64_t tokens, int64_t k) {
         bool held = true;
         parallel_for(tokens, 1 + 65536 / (k + 1), [&](int64_t begin, int64_t end) {

@@ -57,10 +57,11 @@ do nearly as well, 8 do not; by process it cost from nothing to all): int4 with 
 of 256: int4 with bf16, batch 256, 768x768 808 -> 768 us (760), 4096x4096 23.1 -> 21.8 ms (20.9), 11008x4096
 65 -> 59 (56). Tensors handed over whole: a call 9.5 -> 6.2 us (F.linear 3.1). Tried on these: rows in pieces
 that threads take as they come to them, large pages for work memory, codes asked for into the first level
-right before they are decoded, 64 tokens at once, chunks of 768 columns: all the same within the noise. int4 with bf16, few tokens, as bf16 and not as bytes, 768x768 on one core, us: 1 token 17 ->
-12.6, 4 53 -> 35, 8 103 -> 69, 16 in tiles 127; calls of 1, 4 and 16 21, 44 and 141, torch's 4-bit product 32,
-57 and 218. Decoding to bf16 for oneDNN was no faster there from batch 16 on; codes as the last byte of 2^23
-in fp32, less a subtraction and a conversion, the same as before.
+right before they are decoded, 64 tokens at once, chunks of 768 columns: all the same within the noise.
+int4 with bf16, few tokens, as bf16 and not as bytes, 768x768 on one core, us: 1 token 17 -> 12.6, 4 53 -> 35,
+8 103 -> 69, 16 in tiles 127; calls of 1, 4 and 16 21, 44 and 141, torch's 4-bit product 32, 57 and 218.
+Decoding to bf16 for oneDNN was no faster there from batch 16 on; codes as the last byte of 2^23 in fp32, less
+a subtraction and a conversion, the same as before.
 On Zen 4, one core, before that: vpdpbusd in assembly and sums in locals (of the intrinsic GCC 12 stores the
 sums each time) 1.4 to 0.62 ms for dynamic int8 at batch 4; asking for the next four rows, batch 1 0.45 to
 0.33, 4 0.62 to 0.46; sums of codes by vpsadbw, batch 1 0.33 to 0.29; asking for the next chunk between

@@ -154,10 +154,7 @@ inline __m512i to_bf16(__m512i low, __m512i high) {
 #if defined(__AVX512BF16__)
     return (__m512i)_mm512_cvtne2ps_pbh(b, a);
 #else
-    const auto pair = [](int first) { return first + 1 + ((first + 3) << 16); };  // upper halves of two lanes
-    const __m512i at = _mm512_setr_epi32(pair(0), pair(4), pair(8), pair(12), pair(16), pair(20), pair(24), pair(28),
-                                         pair(32), pair(36), pair(40), pair(44), pair(48), pair(52), pair(56), pair(60));
-    return _mm512_permutex2var_epi16(_mm512_castps_si512(a), at, _mm512_castps_si512(b));
+    return _mm512_permutex2var_epi16(_mm512_castps_si512(a), upper_halves(), _mm512_castps_si512(b));
 #endif
 }
 

@@ -62,14 +62,20 @@ inline Vec load(const uint16_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(words))};
 }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+// Where the upper halves of the 32 lanes of two vectors are, in halves.
+inline __m512i upper_halves() {
+    const auto pair = [](int first) { return first + 1 + ((first + 3) << 16); };
+    return _mm512_setr_epi32(pair(0), pair(4), pair(8), pair(12), pair(16), pair(20), pair(24), pair(28), pair(32), pair(36),
+                             pair(40), pair(44), pair(48), pair(52), pair(56), pair(60));
+}
 inline void store(bf16* p, Vec a) {
     const __m512i bits = _mm512_castps_si512(a.v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-    const __m512i kept = _mm512_mask_mov_epi32(rounded, is_nan(a), quiet);
-    const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i to_even = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_mask_add_epi32(to_even, odd, bits, _mm512_set1_epi32(0x8000));
+    const __m512i kept = _mm512_mask_or_epi32(rounded, is_nan(a), bits, _mm512_set1_epi32(0x400000));
+    const __m512i halves = _mm512_permutexvar_epi16(upper_halves(), kept);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(halves));
 }
 inline void store(f16* p, Vec a) {
     const __m256i half = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

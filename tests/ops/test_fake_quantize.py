@@ -259,3 +259,15 @@ def test_bad_input(call, error, words):
         call()
     for word in words:
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_results_are_rounded_as_torch_does(dtype):
+    """All that a value which is left alone can be down to its last 15 bits, of which some are ties."""
+    upper = torch.arange(2**17) << 15
+    for lower in (0, 1, 0x1000, 0x3FFF, 0x4000, 0x7FFF):
+        x = (upper | lower).to(torch.uint32).view(torch.float32)
+        y = F.fake_quantize(x, 1.0, 0.0, p=0.0, dtype=dtype)
+        numbers = ~x.isnan()
+        assert_identical(y[numbers], x[numbers].to(dtype))
+        assert y[~numbers].isnan().all()

@@ -18,10 +18,10 @@ nothing there. Its floor was Philox' multiplications, 36 of 2 cycles for 64 elem
 that it takes (before p = 0.5 took one bit of them instead of 16).
 With AVX-512 on Zen 4 (2 cores, 32 MB of cache shared with strangers), 3072x768 fp32, us, the kernel alone:
 copy 112, p = 1 146, p = 0.5 380 with draws of 16 bits and 171 with one bit; 4096x4096 on one core 35.8 ->
-10.9 ms forward and 39.6 -> 12.9 backward with large pages for the result, copy 5.4. Beside the others of
-this benchmark 270 to 390 (2.1 to 3.1x the copy), and 440 at p = 0.1; the backward has three tensors of 9.4 MB, 290 alone,
-torch.add of the same bytes 250. Tried: large pages from 4 MiB on, no faster, and now and then 13 ms for one
-call, in which the system looks for such pages.
+10.9 ms forward and 39.6 -> 12.9 backward with large pages for the result, copy 5.4. Beside the others of this
+benchmark 270 to 390 (2.1 to 3.1x the copy), and 440 at p = 0.1; the backward has three tensors of 9.4 MB, 290
+alone, torch.add of the same bytes 250. Tried: large pages from 4 MiB on, no faster, and now and then 13 ms
+for one call, in which the system looks for such pages.
 bf16 in and out, the kernel alone: 16 cycles a vector where fp32 takes 8 (what widens, rounds and packs shares
 two ports with the shifts of Philox); three instructions less to round 370 -> 342 us, 768x768 94 -> 86.
 The forward that a gradient follows marks tiles of 2048 elements that hold any value outside the range, and

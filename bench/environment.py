@@ -49,14 +49,20 @@ def device_name(device: torch.device) -> str:
 
 
 def processor_name(cpuinfo: str) -> str:
-    """The model, and its family where that says no more than the make, "AMD EPYC"; "" if there is none."""
-    name, family = (
-        re.search(rf"^{field}\s*:\s*(.+)$", cpuinfo, re.MULTILINE) for field in ("model name", "cpu family")
+    """The model; where the name has no number that tells generations apart ("AMD EPYC"), the family as well,
+    and Intel's model number, whose family is always 6. "" if there is none."""
+    name, family, model = (
+        re.search(rf"^{field}\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+        for field in ("model name", "cpu family", "model")
     )
     if name is None:
         return ""
-    told = re.search(r"\d", name[1]) or not name[1].startswith("AMD") or family is None
-    return name[1] if told else f"{name[1]} family {family[1]}"
+    told = re.search(r"\d", name[1]) or family is None
+    if not told and name[1].startswith("AMD"):
+        return f"{name[1]} family {family[1]}"
+    if not told and name[1].startswith("Intel") and model is not None:
+        return f"{name[1]} family {family[1]} model {model[1]}"
+    return name[1]
 
 
 def folder_name(device_name: str) -> str:

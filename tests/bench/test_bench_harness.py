@@ -191,7 +191,8 @@ def test_folder_names_are_plain():
     [
         ("AMD EPYC", "AMD EPYC family 25"),
         ("AMD EPYC 9354 32-Core Processor", "AMD EPYC 9354 32-Core Processor"),
-        ("Intel(R) Xeon(R) Processor", "Intel(R) Xeon(R) Processor"),
+        ("Intel(R) Xeon(R) Processor", "Intel(R) Xeon(R) Processor family 25 model 17"),
+        ("Intel(R) Xeon(R) Platinum 8580", "Intel(R) Xeon(R) Platinum 8580"),
     ],
 )
 def test_a_processor_is_told_from_others_of_its_make(model, name):

@@ -2,7 +2,7 @@
 
 Classes: weight-only int8 and int4 (groups of 128), and dynamic int8 (activations in 8 bits, too, a range for
 each row); each with activations in fp32 and in bf16. A peer is compared within its class: F.linear in the
-dtype of the activations belongs to all; everything is prepared once and runs in inference mode.
+dtype of the activations belongs to all; everything is prepared once and runs under no_grad.
 `python bench/int_linear_ratios.py` sums the CSV up by class.
 Bytes (4096x4096, batch m): the codes, 16.8 MB in 8 bits and 8.4 MB in 4 (and 0.5 MB of scales), and
 m (in + out) activations.
@@ -161,21 +161,13 @@ def make_inputs(shape, batch, bits, dtype, device, index) -> Inputs:
     return Inputs(x, weight.to(dtype), bits, packed, scale, zero_point.to(torch.uint8))
 
 
-def inference(call: Callable, *arguments, guard: Callable = torch.inference_mode, **options) -> Callable:
-    def run() -> torch.Tensor:
-        with guard():
-            return call(*arguments, **options)
-
-    return run
-
-
 def call_ours(kind: Kind, inputs: Inputs) -> Callable:
     packed = inputs.packed, inputs.scale, inputs.zero_point
-    return inference(getattr(F, kind.op), inputs.x, *packed, bits=inputs.bits)
+    return partial(getattr(F, kind.op), inputs.x, *packed, bits=inputs.bits)
 
 
 def dense(dtype, inputs: Inputs) -> Callable:
-    return inference(torch.nn.functional.linear, inputs.x.to(dtype), inputs.weight.to(dtype))
+    return partial(torch.nn.functional.linear, inputs.x.to(dtype), inputs.weight.to(dtype))
 
 
 def decode_and_multiply(x, packed, scale, zero_point, bits: int) -> torch.Tensor:
@@ -185,7 +177,7 @@ def decode_and_multiply(x, packed, scale, zero_point, bits: int) -> torch.Tensor
 
 def formula(call: Callable, inputs: Inputs) -> Callable:
     packed = inputs.packed, inputs.scale, inputs.zero_point
-    return inference(call, inputs.x, *packed, inputs.bits)
+    return partial(call, inputs.x, *packed, inputs.bits)
 
 
 def copy_codes(inputs: Inputs) -> Callable:
@@ -200,7 +192,7 @@ def symmetric_codes(inputs: Inputs, levels: int) -> tuple[torch.Tensor, torch.Te
 
 def int8pack(inputs: Inputs) -> Callable:
     codes, scale = symmetric_codes(inputs, 127)
-    return inference(torch._weight_int8pack_mm, inputs.x, codes, scale.to(inputs.x.dtype))
+    return partial(torch._weight_int8pack_mm, inputs.x, codes, scale.to(inputs.x.dtype))
 
 
 def int4pack(inputs: Inputs) -> Callable:
@@ -211,10 +203,10 @@ def int4pack(inputs: Inputs) -> Callable:
     scales = torch.stack((inputs.scale, offset), -1).transpose(0, 1).contiguous().to(inputs.x.dtype)
     if inputs.x.device.type == "cpu":
         packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-        return inference(torch._weight_int4pack_mm_for_cpu, inputs.x, packed, group, scales)
+        return partial(torch._weight_int4pack_mm_for_cpu, inputs.x, packed, group, scales)
     pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
     packed = torch._convert_weight_to_int4pack(pairs, 8)
-    return inference(torch._weight_int4pack_mm, inputs.x, packed, group, scales)
+    return partial(torch._weight_int4pack_mm, inputs.x, packed, group, scales)
 
 
 def plain_layer(inputs: Inputs, dtype: torch.dtype | None = None) -> nn.Sequential:
@@ -229,7 +221,7 @@ def dynamic_int8(inputs: Inputs) -> Callable:
     layer = torch.ao.quantization.quantize_dynamic(
         plain_layer(inputs, torch.float32), {nn.Linear}, dtype=torch.qint8
     )
-    return inference(layer, inputs.x.float())
+    return partial(layer, inputs.x.float())
 
 
 def torchao(kind: Kind, inputs: Inputs) -> Callable:
@@ -241,18 +233,16 @@ def torchao(kind: Kind, inputs: Inputs) -> Callable:
 
     layer = plain_layer(inputs)
     quantize_(layer, Int8DynamicActivationInt8WeightConfig() if kind.dynamic else Int8WeightOnlyConfig())
-    return inference(layer, inputs.x)
+    return partial(layer, inputs.x)
 
 
 def quanto(kind: Kind, inputs: Inputs) -> Callable:
-    """4 bits under no_grad: with fp32 its tensors refuse inference mode."""
     from optimum.quanto import freeze, qint4, qint8, quantize
 
     layer = plain_layer(inputs)
     quantize(layer, weights=qint8 if kind.bits == 8 else qint4)
     freeze(layer)
-    guard = torch.inference_mode if kind.bits == 8 else torch.no_grad
-    return inference(layer, inputs.x, guard=guard)
+    return partial(layer, inputs.x)
 
 
 def bitsandbytes(kind: Kind, inputs: Inputs) -> Callable:
@@ -264,7 +254,7 @@ def bitsandbytes(kind: Kind, inputs: Inputs) -> Callable:
     out, columns = inputs.weight.shape
     layer = layer_type(columns, out, bias=False, **options)
     layer.load_state_dict({"weight": inputs.weight.cpu()})
-    return inference(layer.to(inputs.x.device), inputs.x)
+    return partial(layer.to(inputs.x.device), inputs.x)
 
 
 def gemlite(kind: Kind, inputs: Inputs) -> Callable:
@@ -278,7 +268,7 @@ def gemlite(kind: Kind, inputs: Inputs) -> Callable:
     else:
         maker = helper.A8W8_int8_dynamic if kind.dynamic else helper.A16W8_INT8
         layer = maker(**options).from_weights(inputs.weight.clone())
-    return inference(layer, inputs.x)
+    return partial(layer, inputs.x)
 
 
 # package -> (module that must import, kinds it has, device types, dtypes, call)
@@ -338,6 +328,7 @@ def case(kind: Kind, dtype, shape, batch, device) -> Case:
         inputs=partial(make_inputs, shape, batch, kind.bits, dtype),
         contenders=partial(contenders, kind, dtype, shape, batch),
         devices=(device,),
+        gradients=False,
         quick=shape == QUICK[device] and batch in (1, 16) and dtype == torch.bfloat16,
         size=batch,
     )

@@ -50,6 +50,7 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "cuda")
     target: float | None = None  # largest accepted ratio of ours to the ceiling
     quick: bool = False  # part of the short run
+    gradients: bool = True  # False: prepared and timed under torch.no_grad()
     size: int | None = None  # what the choice between GPU backends goes by: qnkernels.backends.dispatch.SIZES
 
     def __str__(self) -> str:
@@ -156,10 +157,11 @@ def _fast_ones(case: Case, device_type: str) -> list[Contender]:
 def warm(case: Case, device: torch.device) -> None:
     """Run ours and the peers once, without timing, for what their compilers leave on disk."""
     inputs = case.inputs(device, 0)
-    for contender in case.contenders(device.type):
-        if contender.role in ("ours", "peer"):
-            with contextlib.suppress(Exception), _forced(contender.backend):  # the benchmark tells
-                contender.prepare(inputs)()
+    with torch.set_grad_enabled(case.gradients):
+        for contender in case.contenders(device.type):
+            if contender.role in ("ours", "peer"):
+                with contextlib.suppress(Exception), _forced(contender.backend):  # the benchmark tells
+                    contender.prepare(inputs)()
 
 
 def turns(names: list[str], round_index: int) -> list[str]:
@@ -182,7 +184,7 @@ def interleave(takers: dict[str, Callable[[], float]], quotas: dict[str, int]) -
 
 def measure(case: Case, device: torch.device, budget: Budget) -> Measurement:
     """Prepare every contender of the case, warm it up, and let them take turns."""
-    with _side_stream(device), _no_garbage_collection():
+    with _side_stream(device), _no_garbage_collection(), torch.set_grad_enabled(case.gradients):
         sets = samplers.input_sets(case.moved_bytes, device)
         inputs = [case.inputs(device, index) for index in range(sets)]
         samples, takers, quotas, failures = {}, {}, {}, {}

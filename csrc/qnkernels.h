@@ -29,7 +29,6 @@ enum qnk_status {
     QNK_BAD_INDEX = 3,   // an index outside the table
     QNK_NO_MEMORY = 4,   // a work buffer could not be allocated
     QNK_CUDA_ERROR = 5,  // see qnk_cuda_last_error
-    QNK_NOT_SERVED = 6,  // tensors in another form than the plainest
 };
 
 enum qnk_dtype { QNK_F32 = 0, QNK_BF16 = 1, QNK_F16 = 2 };
@@ -122,13 +121,13 @@ QNK_API int qnk_cpu_int_linear_quantized(const void* x, int dtype, const float* 
                                          const float* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t groups,
                                          int bits);
 
-// The two above for tensors as Python objects, None for a null pointer; y [.., n] is written. Called with the interpreter's
-// lock held. Before, qnk_cpu_tensors takes the table of torch.Tensor's __dlpack_c_exchange_api__ and the object None, and
+// The two above as functions for Python, which take the arguments of the op and return y, or None for what they do not
+// serve; new references, with the interpreter's lock held. Before, qnk_cpu_tensors takes the table of torch.Tensor's
+// __dlpack_c_exchange_api__ and a tuple of what they need of Python (tensors.cpp), which must live as long as they do, and
 // returns whether that serves.
-QNK_API int qnk_cpu_tensors(const void* table, void* none);
-QNK_API int qnk_cpu_int_linear_tensors(void* x, void* weight, void* scale, void* zero_point, void* bias, void* y, int bits);
-QNK_API int qnk_cpu_int_linear_quantized_tensors(void* x, void* weight, void* scale, void* zero_point, void* bias, void* y,
-                                                 int bits, void* x_scale, void* x_zero_point);
+QNK_API int qnk_cpu_tensors(const void* table, void* objects);
+QNK_API void* qnk_cpu_int_linear_function(void);
+QNK_API void* qnk_cpu_int_linear_quantized_function(void);
 
 // grad_x [m, k] <- grad [m, n] @ ((q - z) * s).
 QNK_API int qnk_cpu_int_linear_backward(const void* grad, int dtype, const uint8_t* weight,

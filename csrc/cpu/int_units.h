@@ -129,8 +129,7 @@ class ByteUnits {
         void decode(__m512i bytes, uint8_t zero, uint8_t* to) const {
             const __m512i nibble = _mm512_set1_epi8(15), level = _mm512_set1_epi8(static_cast<char>(zero));
             _mm512_store_si512(to, _mm512_sub_epi8(_mm512_and_si512(bytes, nibble), level));
-            bytes = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-            _mm512_store_si512(to + 2 * kTileBytes, _mm512_sub_epi8(bytes, level));
+            _mm512_store_si512(to + 2 * kTileBytes, _mm512_sub_epi8(upper_nibbles(bytes), level));
         }
     };
 

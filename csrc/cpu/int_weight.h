@@ -23,16 +23,17 @@ struct Packed {
     int64_t row_bytes() const { return k * bits / 8; }
     const uint8_t* row(int64_t r) const { return codes + r * row_bytes(); }
     int zero_point(int64_t r, int64_t g) const { return zero ? zero[r * groups + g] : 1 << (bits - 1); }
-    // Whether all zero points are codes themselves; others are allowed.
-    bool zeros_are_codes() const {
+    // Whether all zero points (of rows [begin, end)) are codes themselves; others are allowed.
+    bool zeros_are_codes() const { return zeros_are_codes(0, n); }
+    bool zeros_are_codes(int64_t begin, int64_t end) const {
         if (!zero || bits == 8) return true;
         uint64_t any = 0;  // (eight at a time: there may be as many as a tenth of the weight's bytes)
-        int64_t i = 0;
-        for (uint64_t eight; i + 8 <= n * groups; i += 8) {
+        int64_t i = begin * groups;
+        for (uint64_t eight; i + 8 <= end * groups; i += 8) {
             memcpy(&eight, zero + i, 8);
             any |= eight;
         }
-        for (; i < n * groups; ++i) any |= zero[i];
+        for (; i < end * groups; ++i) any |= zero[i];
         return !(any & 0xf0f0f0f0f0f0f0f0u);
     }
 };
@@ -91,6 +92,21 @@ __attribute__((always_inline)) inline __m512i byte_products(__m512i total, __m51
     return total;
 }
 
+// total + the sums of two products each, of signed words (as above).
+__attribute__((always_inline)) inline __m512i word_products(__m512i total, __m512i a, __m512i b) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+    return total;
+}
+
+// The upper four bits of each byte. (GFNI multiplies bytes by a matrix of bits.)
+inline __m512i upper_nibbles(__m512i bytes) {
+#if defined(__GFNI__)
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(0x1020408000000000), 0);
+#else
+    return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+#endif
+}
+
 // 64 bytes of a row: one step of codes in 8 bits, two in 4.
 template <int Bits>
 struct Unit {
@@ -113,9 +129,8 @@ struct Unit {
         if constexpr (Bits == 8) {
             codes[0] = bytes;
         } else {
-            const __m512i nibble = _mm512_set1_epi8(15);
-            codes[0] = _mm512_and_si512(bytes, nibble);
-            codes[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+            codes[0] = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+            codes[1] = upper_nibbles(bytes);
         }
     }
 };

@@ -53,8 +53,9 @@ Isa detect_isa() {
     const bool f = bit(b, 16), dq = bit(b, 17), bw = bit(b, 30), vl = bit(b, 31);
     const bool vbmi = bit(c, 1), vnni = bit(c, 11);
     if (!f || !dq || !bw || !vl || !vbmi || !vnni || (state & 0xe0) != 0xe0) return Isa::avx2;
-    const bool amx_bf16 = bit(d, 22), amx_tile = bit(d, 24), amx_int8 = bit(d, 25);
-    if (!amx_bf16 || !amx_tile || !amx_int8 || !has_bf16_products() || (state & 0x60000) != 0x60000) return Isa::avx512;
+    const bool gfni = bit(c, 8), amx_bf16 = bit(d, 22), amx_tile = bit(d, 24), amx_int8 = bit(d, 25);
+    if (!gfni || !amx_bf16 || !amx_tile || !amx_int8 || !has_bf16_products() || (state & 0x60000) != 0x60000)
+        return Isa::avx512;
     return request_tiles() ? Isa::amx : Isa::avx512;
 }
 

@@ -1,33 +1,93 @@
-// Kernels by tensors as the Python objects that they are. To look at their shapes one by one and to hand over twelve
-// numbers takes Python longer than a small layer takes to compute.
+// Ops as Python functions in C++. In Python, to look at tensors' shapes one by one and to hand over twelve numbers takes
+// longer than a small layer takes to compute, and ten times as long where a large one has just driven the interpreter
+// out of the caches.
 //
-// Called with the interpreter's lock held, which is given up while a kernel runs. What is not in the plainest form
-// (dtypes, shapes, devices, order in memory) is not served and left to the caller, who says what is wrong with it or
-// brings it into that form.
+// What is not in the plainest form (dtypes, shapes, devices, order in memory), or is looked at by anybody (see
+// qnkernels/ops/direct.py), is not served and left to the caller, who says what is wrong with it or brings it into that
+// form. Python's interface is declared here, by what its versions have in common, so that building takes no headers of it.
 #include "common/dtype.h"
 #include "cpu/buffer.h"
 #include "cpu/dlpack.h"
 #include "qnkernels.h"
 
 extern "C" {
-__attribute__((weak)) void* PyEval_SaveThread(void);
-__attribute__((weak)) void PyEval_RestoreThread(void* state);
-__attribute__((weak)) void PyErr_Clear(void);
+struct PyMethod {
+    const char* name;
+    void* (*function)(void* self, void* const* arguments, long count);
+    int flags;
+    const char* text;
+};
+#define QNK_PYTHON __attribute__((weak))
+QNK_PYTHON void* PyEval_SaveThread(void);
+QNK_PYTHON void PyEval_RestoreThread(void* state);
+QNK_PYTHON void PyErr_Clear(void);
+QNK_PYTHON void Py_IncRef(void* object);
+QNK_PYTHON void Py_DecRef(void* object);
+QNK_PYTHON void* PyTuple_GetItem(void* tuple, long index);
+QNK_PYTHON void* PyObject_Type(void* object);
+QNK_PYTHON int PyObject_IsTrue(void* object);
+QNK_PYTHON void* PyObject_GetAttr(void* object, void* name);
+QNK_PYTHON void* PyObject_CallNoArgs(void* callable);
+QNK_PYTHON void* PyObject_CallOneArg(void* callable, void* argument);
+QNK_PYTHON void* PyObject_Vectorcall(void* callable, void* const* arguments, size_t count, void* names);
+QNK_PYTHON void* PyLong_FromLongLong(long long value);
+QNK_PYTHON long long PyLong_AsLongLong(void* object);
+QNK_PYTHON void* PyCFunction_NewEx(PyMethod* method, void* self, void* module);
 }
 
 namespace qnk {
 namespace {
 
+constexpr int kFastCall = 0x80;  // METH_FASTCALL
+constexpr int kMostDims = 8;     // of x
+
+// What the functions need of Python, in the order of the tuple that qnk_cpu_tensors takes.
+enum Known {
+    kNone, kInt, kTensor, kParameter,  // None; types
+    kNewEmpty, kIsNegative, kIsWrapped, kIsGradEnabled,  // Tensor.new_empty(x, *sizes), Tensor.is_neg(x), ...
+    kProfiler, kProfilerName, kForward, kForwardName,  // modules, and an attribute of each
+    kRequiresGrad,  // the name
+    kFunctionModes, kDispatchModes, kTransforms, kTracing,  // functions, which return something false while there is none
+    kKnown
+};
+
 const DlExchange* exchange = nullptr;
-void* none = nullptr;  // None
+void* known[kKnown];
+
+// Whether a new object, which is given up, is true, or is not there.
+bool is_true(void* object) {
+    const int truth = object ? PyObject_IsTrue(object) : -1;
+    if (object) Py_DecRef(object);
+    if (truth < 0) PyErr_Clear();
+    return truth != 0;
+}
+
+// Whether anybody looks at ops.
+bool watched() {
+    for (int i = kFunctionModes; i <= kTracing; ++i)
+        if (is_true(PyObject_CallNoArgs(known[i]))) return true;
+    if (is_true(PyObject_GetAttr(known[kProfiler], known[kProfilerName]))) return true;
+    void* level = PyObject_GetAttr(known[kForward], known[kForwardName]);
+    const long long value = level ? PyLong_AsLongLong(level) : 0;  // (-1 with no level, and where there is no number)
+    if (level) Py_DecRef(level);
+    if (!level) PyErr_Clear();
+    return value >= 0;
+}
+
+bool is_of(void* object, Known one, Known other) {
+    void* type = PyObject_Type(object);
+    Py_DecRef(type);  // (which lives as long as the object)
+    return type == known[one] || type == known[other];
+}
 
 // A contiguous tensor of the processor.
 class View {
   public:
     // Null where there is None, false where there is anything else.
     bool of(void* object) {
-        given_ = object != none;
+        given_ = object != known[kNone];
         if (!given_) return true;
+        if (!is_of(object, kTensor, kParameter)) return false;
         if (exchange->view(object, &tensor_) != 0) {
             PyErr_Clear();
             return false;
@@ -61,16 +121,22 @@ class View {
     int64_t count_ = 0;
 };
 
-// The arguments of a layer over a packed weight, as qnk_cpu_int_linear has them.
+// The arguments of a layer over a packed weight, as qnk_cpu_int_linear has them, but for y.
 struct Layer {
-    View x, weight, scale, zero_point, bias, y;
+    View x, weight, scale, zero_point, bias;
     int64_t m, n, k, groups;
+    int bits;
 
-    bool take(void* const (&tensors)[6], int bits) {
-        View* views[] = {&x, &weight, &scale, &zero_point, &bias, &y};
-        for (int i = 0; i < 6; ++i)
-            if (!views[i]->of(tensors[i])) return false;
-        if ((bits != 4 && bits != 8) || !x.given() || !weight.given() || !scale.given() || !y.given()) return false;
+    // x, weight, scale, zero point, bias, bits
+    bool take(void* const* given) {
+        View* views[] = {&x, &weight, &scale, &zero_point, &bias};
+        for (int i = 0; i < 5; ++i)
+            if (!views[i]->of(given[i])) return false;
+        if (!is_of(given[5], kInt, kInt)) return false;
+        const long long wanted = PyLong_AsLongLong(given[5]);
+        if (wanted == -1) PyErr_Clear();
+        if ((wanted != 4 && wanted != 8) || !x.given() || !weight.given() || !scale.given()) return false;
+        bits = static_cast<int>(wanted);
         if (!weight.is(kDlUnsigned, 8) || weight.dims() != 2 || !scale.fp32() || scale.dims() != 2) return false;
         n = weight.size(0);
         k = weight.size(1) * 8 / bits;
@@ -79,12 +145,40 @@ struct Layer {
         if (zero_point.given() && (!zero_point.is(kDlUnsigned, 8) || zero_point.dims() != 2 || zero_point.size(0) != n ||
                                    zero_point.size(1) != groups))
             return false;
-        if (x.dtype() < 0 || x.last() != k || y.dtype() != x.dtype()) return false;
+        if (x.dtype() < 0 || x.last() != k || x.dims() > kMostDims) return false;
         m = x.count() / k;
-        if (y.count() != m * n) return false;
         return !bias.given() || (bias.dims() == 1 && bias.size(0) == n && (bias.fp32() || bias.dtype() == QNK_BF16));
     }
+
+    // y [.., n] in the dtype of x, a new object; null without memory.
+    void* result(void* x_object) const {
+        void* arguments[1 + kMostDims] = {x_object};
+        const int dims = x.dims();
+        for (int i = 0; i < dims; ++i) arguments[1 + i] = PyLong_FromLongLong(i + 1 < dims ? x.size(i) : n);
+        void* y = PyObject_Vectorcall(known[kNewEmpty], arguments, 1 + dims, nullptr);
+        for (int i = 0; i < dims; ++i) Py_DecRef(arguments[1 + i]);
+        if (!y) PyErr_Clear();
+        return y;
+    }
 };
+
+// Whether a gradient is wanted of one of these tensors, of which some may be None.
+bool differentiated(void* const* tensors, const int* which, int count) {
+    if (!is_true(PyObject_CallNoArgs(known[kIsGradEnabled]))) return false;
+    for (int i = 0; i < count; ++i)
+        if (tensors[which[i]] != known[kNone] && is_true(PyObject_GetAttr(tensors[which[i]], known[kRequiresGrad]))) return true;
+    return false;
+}
+
+// The imaginary part of a conjugate, whose sign is still to be flipped, or a tensor that has outlived its transform.
+bool unfinished(void* x) {
+    return is_true(PyObject_CallOneArg(known[kIsNegative], x)) || is_true(PyObject_CallOneArg(known[kIsWrapped], x));
+}
+
+void* none() {
+    Py_IncRef(known[kNone]);
+    return known[kNone];
+}
 
 // A bias in fp32.
 class Bias {
@@ -104,57 +198,72 @@ class Bias {
     const float* values_;
 };
 
-// What kernel() returns, run without the interpreter's lock.
+// y of kernel(layer, bias, y), run without the interpreter's lock, or None.
 template <typename Kernel>
-int unlocked(const Kernel& kernel) {
-    void* state = PyEval_SaveThread();
-    const int status = kernel();
-    PyEval_RestoreThread(state);
-    return status;
+void* computed(const Layer& layer, void* x, const Kernel& kernel) {
+    void* y = layer.result(x);
+    View view;
+    int status = QNK_NO_MEMORY;
+    if (y && view.of(y) && view.dtype() == layer.x.dtype() && view.count() == layer.m * layer.n) {
+        void* state = PyEval_SaveThread();
+        {
+            const Bias bias(layer.bias);
+            if (bias) status = kernel(bias.values(), view.data<void>());
+        }
+        PyEval_RestoreThread(state);
+    }
+    if (status == QNK_OK) return y;
+    if (y) Py_DecRef(y);
+    return none();
 }
+
+// (x, weight, scale, zero point, bias, bits)
+void* int_linear(void*, void* const* given, long count) {
+    static const int differentiable[] = {0, 2, 4};
+    Layer layer;
+    if (count != 6 || watched() || !layer.take(given) || unfinished(given[0]) || differentiated(given, differentiable, 3))
+        return none();
+    return computed(layer, given[0], [&](const float* bias, void* y) {
+        return qnk_cpu_int_linear(layer.x.data<void>(), layer.x.dtype(), layer.weight.data<uint8_t>(),
+                                  layer.scale.data<float>(), layer.zero_point.data<uint8_t>(), bias, y, layer.m, layer.n,
+                                  layer.k, layer.groups, layer.bits);
+    });
+}
+
+// (x, weight, scale, zero point, bias, bits, x scale, x zero point)
+void* int_linear_quantized(void*, void* const* given, long count) {
+    static const int differentiable[] = {0, 2, 4, 6, 7};
+    Layer layer;
+    View range[2];
+    if (count != 8 || watched() || !layer.take(given)) return none();
+    for (int i = 0; i < 2; ++i)
+        if (!range[i].of(given[6 + i]) || (range[i].given() && (!range[i].fp32() || range[i].dims() != 0))) return none();
+    if (range[0].given() != range[1].given() || unfinished(given[0]) || differentiated(given, differentiable, 5)) return none();
+    return computed(layer, given[0], [&](const float* bias, void* y) {
+        return qnk_cpu_int_linear_quantized(layer.x.data<void>(), layer.x.dtype(), range[0].data<float>(),
+                                            range[1].data<float>(), layer.weight.data<uint8_t>(), layer.scale.data<float>(),
+                                            layer.zero_point.data<uint8_t>(), bias, y, layer.m, layer.n, layer.k,
+                                            layer.groups, layer.bits);
+    });
+}
+
+PyMethod int_linear_method = {"int_linear", int_linear, kFastCall, nullptr};
+PyMethod int_linear_quantized_method = {"int_linear_quantized", int_linear_quantized, kFastCall, nullptr};
 
 }  // namespace
 }  // namespace qnk
 
-int qnk_cpu_tensors(const void* table, void* py_none) {
+int qnk_cpu_tensors(const void* table, void* objects) {
     using namespace qnk;
     const auto* offered = static_cast<const DlExchange*>(table);
-    const bool python = PyEval_SaveThread && PyEval_RestoreThread && PyErr_Clear;
-    if (!python || offered->version[0] != kDlVersion || !offered->view) return 0;
+    if (!PyObject_Vectorcall || !PyCFunction_NewEx || offered->version[0] != kDlVersion || !offered->view) return 0;
     exchange = offered;
-    none = py_none;
+    for (int i = 0; i < kKnown; ++i) known[i] = PyTuple_GetItem(objects, i);
     return 1;
 }
 
-int qnk_cpu_int_linear_tensors(void* x, void* weight, void* scale, void* zero_point, void* bias, void* y, int bits) {
-    using namespace qnk;
-    Layer layer;
-    if (!layer.take({x, weight, scale, zero_point, bias, y}, bits)) return QNK_NOT_SERVED;
-    return unlocked([&] {
-        const Bias fp32(layer.bias);
-        if (!fp32) return static_cast<int>(QNK_NO_MEMORY);
-        return qnk_cpu_int_linear(layer.x.data<void>(), layer.x.dtype(), layer.weight.data<uint8_t>(),
-                                  layer.scale.data<float>(), layer.zero_point.data<uint8_t>(), fp32.values(),
-                                  layer.y.data<void>(), layer.m, layer.n, layer.k, layer.groups, bits);
-    });
-}
+void* qnk_cpu_int_linear_function(void) { return PyCFunction_NewEx(&qnk::int_linear_method, nullptr, nullptr); }
 
-int qnk_cpu_int_linear_quantized_tensors(void* x, void* weight, void* scale, void* zero_point, void* bias, void* y,
-                                         int bits, void* x_scale, void* x_zero_point) {
-    using namespace qnk;
-    Layer layer;
-    View range[2];
-    if (!layer.take({x, weight, scale, zero_point, bias, y}, bits)) return QNK_NOT_SERVED;
-    void* const given[] = {x_scale, x_zero_point};
-    for (int i = 0; i < 2; ++i)
-        if (!range[i].of(given[i]) || (range[i].given() && (!range[i].fp32() || range[i].dims() != 0))) return QNK_NOT_SERVED;
-    if (range[0].given() != range[1].given()) return QNK_NOT_SERVED;
-    return unlocked([&] {
-        const Bias fp32(layer.bias);
-        if (!fp32) return static_cast<int>(QNK_NO_MEMORY);
-        return qnk_cpu_int_linear_quantized(layer.x.data<void>(), layer.x.dtype(), range[0].data<float>(),
-                                            range[1].data<float>(), layer.weight.data<uint8_t>(), layer.scale.data<float>(),
-                                            layer.zero_point.data<uint8_t>(), fp32.values(), layer.y.data<void>(), layer.m,
-                                            layer.n, layer.k, layer.groups, bits);
-    });
+void* qnk_cpu_int_linear_quantized_function(void) {
+    return PyCFunction_NewEx(&qnk::int_linear_quantized_method, nullptr, nullptr);
 }

@@ -70,7 +70,7 @@ def _select(op: str, device_type: str, forced: str | None) -> Callable:
 
 def select_whole(op: str) -> Callable | None:
     """What serves `op` on the CPU without checks of its arguments, if anything does: it returns None for what
-    it leaves to the callable of `select`.
+    it leaves to the callable of `select`, and while anybody looks at ops (see watchers.py).
     """
     return _select_whole(op, _forced)
 

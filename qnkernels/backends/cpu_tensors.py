@@ -1,37 +1,43 @@
-"""C++ kernels that take tensors whole, with arguments that nobody has checked.
+"""Ops of the C++ library as Python functions that take tensors whole, with arguments that nobody has checked.
 
 To check shapes and hand over pointers one by one takes Python longer than a small layer takes to compute.
 These look at the tensors in C++, through the table of functions that newer versions of torch offer to other
-libraries (DLPack's exchange interface), and return None for what is not in the plainest form.
+libraries (DLPack's exchange interface), and return None for what is not in the plainest form, and while
+anybody looks at ops.
 """
 
 import ctypes
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad, profiler
 
-from .native import NOT_SERVED, library_path, raise_for_status
+from .native import library_path
+from .watchers import WATCHERS
 
 TABLE = "__dlpack_c_exchange_api__"
-CODE_BITS = (4, 8)
+OPS = ("int_linear", "int_linear_quantized")
+_known: list[tuple] = []  # what C++ holds without counting it
 
 
 def load() -> dict[str, Callable]:
     """By op name, with the op's signature; empty where torch or the library lacks what it takes."""
     table = _table()
     library = ctypes.PyDLL(str(library_path("cpu")))  # which keeps the interpreter's lock
-    if table is None or not hasattr(library, "qnk_cpu_tensors"):
+    if table is None or WATCHERS is None or not hasattr(library, "qnk_cpu_tensors"):
         return {}
+    *modes, is_wrapped = WATCHERS
+    known = (
+        *(None, int, torch.Tensor, torch.nn.Parameter),
+        *(torch.Tensor.new_empty, torch.Tensor.is_neg, is_wrapped, torch.is_grad_enabled),
+        *(profiler, "_is_profiler_enabled", forward_ad, "_current_level", "requires_grad"),
+        *modes,
+    )
     library.qnk_cpu_tensors.argtypes = (ctypes.c_void_p, ctypes.py_object)
-    if not library.qnk_cpu_tensors(table, None):
+    if not library.qnk_cpu_tensors(table, known):
         return {}
-    tensors = (ctypes.py_object,) * 6
-    library.qnk_cpu_int_linear_tensors.argtypes = (*tensors, ctypes.c_int)
-    library.qnk_cpu_int_linear_quantized_tensors.argtypes = (*tensors, ctypes.c_int, *tensors[:2])
-    return {
-        "int_linear": _layer(library.qnk_cpu_int_linear_tensors),
-        "int_linear_quantized": _layer(library.qnk_cpu_int_linear_quantized_tensors),
-    }
+    _known.append(known)
+    return {op: _function(library, op) for op in OPS}
 
 
 def _table() -> int | None:
@@ -45,21 +51,7 @@ def _table() -> int | None:
         return None
 
 
-def _layer(function: Callable) -> Callable:
-    def call(x, weight, scale, zero_point, bias, bits, *rest):
-        shape, packed = x.shape, weight.shape
-        # what the size of y depends on; C would take some bits of a larger number
-        if not shape or len(packed) != 2 or bits not in CODE_BITS or shape[-1] * bits != packed[1] * 8:
-            return None
-        if len(shape) == 2:
-            y = x.new_empty(shape[0], packed[0])
-        else:
-            y = x.new_empty((*shape[:-1], packed[0]))
-        status = function(x, weight, scale, zero_point, bias, y, bits, *rest)
-        if status == NOT_SERVED:
-            return None
-        if status:
-            raise_for_status(status)
-        return y
-
-    return call
+def _function(library: ctypes.PyDLL, op: str) -> Callable:
+    make = getattr(library, f"qnk_cpu_{op}_function")
+    make.restype = ctypes.py_object
+    return make()

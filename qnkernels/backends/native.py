@@ -109,7 +109,6 @@ CUDA_QUERIES = {
     "use_wgmma": [INT],
 }
 
-NOT_SERVED = 6  # of functions that take tensors whole
 STATUS = {
     1: "bits: expected 2 to 16 (4 or 8 where packed)",
     2: "dtype: expected float32, bfloat16 or float16",

@@ -14,6 +14,9 @@ import torch
 from torch.autograd import forward_ad, profiler
 from torch.compiler import is_compiling
 
+from ..backends import select_whole
+from ..backends.watchers import WATCHERS
+
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 # Exact types that an argument may have, by the type in the schema; another one goes to the dispatcher, which
 # converts it or says what is wrong with it.
@@ -28,23 +31,6 @@ KINDS = {
     "ScalarType": (torch.dtype,),
     "Optional[ScalarType]": (torch.dtype, type(None)),
 }
-
-
-def _watchers() -> tuple[Callable[[], object], ...] | None:
-    """Tests for those who look at ops, each false while nobody does; None where torch lacks one of them."""
-    names = (
-        "_len_torch_function_stack",
-        "_len_torch_dispatch_stack",
-        "_are_functorch_transforms_active",
-        "_get_tracing_state",
-    )
-    found = tuple(getattr(torch._C, name, None) for name in names)
-    known = hasattr(profiler, "_is_profiler_enabled") and hasattr(forward_ad, "_current_level")
-    functorch = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
-    return (*found, functorch) if known and None not in (*found, functorch) else None
-
-
-WATCHERS = _watchers()
 
 
 def watched(*tensors: torch.Tensor) -> bool:
@@ -129,6 +115,23 @@ def direct(dispatched: Callable, function: Callable) -> Callable:
     update_wrapper(call, function)
     call.dispatched, call.differentiate = dispatched, differentiate
     return call
+
+
+def whole_first(name: str, call: Callable) -> Callable:
+    """`call`, what `direct` gave for the op of this name, after what takes plain tensors whole, where anything
+    does: that looks itself whether anybody watches, but cannot see a compiler.
+    """
+
+    def first(*arguments):
+        if is_compiling():
+            return call.dispatched(*arguments)
+        whole = select_whole(name)
+        if whole is not None and (result := whole(*arguments)) is not None:
+            return result
+        return call(*arguments)
+
+    update_wrapper(first, call)
+    return first
 
 
 def _always(dispatched: Callable) -> Callable:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..backends import select, select_whole
+from ..backends import select
 from . import checks
 from .library import autograd, op
 
@@ -65,11 +65,9 @@ def _fake(x, weight, scale, zero_point, bias, bits):
 @op(
     "int_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits) -> Tensor",
     _fake,
+    whole=True,
 )
 def int_linear(x, weight, scale, zero_point, bias, bits):
-    whole = select_whole("int_linear") if x.is_cpu else None
-    if whole is not None and (y := whole(x, weight, scale, zero_point, bias, bits)) is not None:
-        return y
     _check(x, weight, scale, zero_point, bias, bits)
     rows = x.contiguous() if x.dim() == 2 else checks.rows(x)
     if zero_point is not None:
@@ -146,13 +144,10 @@ def _fake_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_po
     "int_linear_quantized(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, "
     "Tensor? x_scale, Tensor? x_zero_point) -> Tensor",
     _fake_quantized,
+    whole=True,
 )
 def int_linear_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point):
-    arguments = (x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point)
-    whole = select_whole("int_linear_quantized") if x.is_cpu else None
-    if whole is not None and (y := whole(*arguments)) is not None:
-        return y
-    _check_quantized(*arguments)
+    _check_quantized(x, weight, scale, zero_point, bias, bits, x_scale, x_zero_point)
     rows = x.contiguous() if x.dim() == 2 else checks.rows(x)
     if zero_point is not None:
         zero_point = zero_point.contiguous()

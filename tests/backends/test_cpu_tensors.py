@@ -62,9 +62,15 @@ def test_leading_dimensions(shape):
 def test_parameters_and_tensors_of_inference_mode():
     x, *packed, bias, bits = layer()
     expected = select("int_linear", "cpu")(x, *packed, bias, bits)
-    assert_identical(whole("int_linear")(x, *packed, torch.nn.Parameter(bias), bits), expected)
+    frozen = torch.nn.Parameter(bias, requires_grad=False)
+    assert_identical(whole("int_linear")(x, *packed, frozen, bits), expected)
     with torch.inference_mode():
+        assert_identical(whole("int_linear")(x, *packed, torch.nn.Parameter(bias), bits), expected)
         assert_identical(whole("int_linear")(x.clone(), *packed, bias, bits), expected)
+
+
+class Subclass(torch.Tensor):
+    pass
 
 
 def _apart(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,7 +91,14 @@ X, WEIGHT, SCALE, ZERO_POINT, BIAS, BITS = range(6)
         *((position, lambda t: t[..., :-1].contiguous()) for position in (X, WEIGHT, ZERO_POINT, BIAS)),
         *((position, lambda t: t[None]) for position in (WEIGHT, SCALE, ZERO_POINT, BIAS)),
         *((position, lambda t: t[:-1]) for position in (WEIGHT, SCALE, ZERO_POINT)),
+        *((position, lambda t: t.as_subclass(Subclass)) for position in range(BITS)),
+        *((position, lambda t: t.requires_grad_()) for position in (X, SCALE, BIAS)),
+        *((position, lambda _: "text") for position in range(BITS + 1)),
+        *((position, lambda _: None) for position in (X, WEIGHT, SCALE, BITS)),
         (X, lambda t: torch.zeros(())),
+        (X, lambda t: torch.zeros(*[1] * 8, K)),
+        (X, lambda t: torch.complex(t, t).conj().imag),
+        (BITS, bool),
         (X, lambda t: t.to_sparse()),
         (WEIGHT, lambda t: t[0]),
         (WEIGHT, lambda t: t.view(torch.int8)),
@@ -112,10 +125,33 @@ def test_anything_else_is_left_to_others(position, change):
         (None, torch.tensor(100.0)),
         (torch.tensor([0.03]), torch.tensor([100.0])),
         (torch.tensor(0.03).double(), torch.tensor(100.0)),
+        (torch.tensor(0.03).requires_grad_(), torch.tensor(100.0)),
+        (0.03, 100.0),
     ],
 )
 def test_ranges_of_another_form_are_left_to_others(range_):
     assert whole("int_linear_quantized")(*layer(), *range_) is None
+
+
+def test_more_or_fewer_arguments_are_left_to_others():
+    arguments = layer()
+    assert whole("int_linear")(*arguments, None) is None
+    assert whole("int_linear")() is None
+    assert whole("int_linear_quantized")(*arguments) is None
+
+
+def test_nothing_is_kept():
+    """References: of what is given, of what is returned, and of what is known of Python."""
+    arguments = layer()
+    objects = (*arguments[:-1], None, True, *cpu_tensors._known[-1])
+    before = [sys.getrefcount(one) for one in objects]
+    for _ in range(100):
+        y = whole("int_linear")(*arguments)
+        assert whole("int_linear")(*arguments[:-1], 5) is None
+        assert whole("int_linear_quantized")(*arguments, None, None) is not None
+    counts = [sys.getrefcount(one) for one in objects]
+    assert all(abs(count - one) < 50 for count, one in zip(counts, before, strict=True))
+    assert sys.getrefcount(y) == 2
 
 
 def test_the_op_takes_other_forms_all_the_same():

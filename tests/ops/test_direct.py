@@ -1,5 +1,7 @@
 """Calls past the dispatcher: when they are, that nothing differs, and that whoever looks at ops sees them."""
 
+from inspect import unwrap
+
 import pytest
 import torch
 from numeric import assert_identical, integer
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qnkernels as qnk
 from qnkernels import functional as F
+from qnkernels.backends import watchers
 from qnkernels.ops import direct as module
 from qnkernels.ops import int_linear as family
 from qnkernels.reference.int_linear import pack
@@ -17,8 +20,8 @@ from qnkernels.reference.int_linear import pack
 OPS = torch.ops.qnkernels
 
 
-@pytest.fixture
-def call():
+@pytest.fixture(params=[False, True], ids=["checked", "whole"])
+def call(request):
     """int_linear(x, weight, scale, zero_point, bias, bits), which counts its calls of the dispatcher."""
 
     def dispatched(*arguments):
@@ -26,9 +29,9 @@ def call():
         return OPS.int_linear(*arguments)
 
     dispatched.count, dispatched.default = 0, OPS.int_linear.default
-    counted = module.direct(dispatched, family.int_linear.__wrapped__)
+    counted = module.direct(dispatched, unwrap(family.int_linear))
     counted.differentiate(family._backward, family._setup_context)
-    return counted
+    return module.whole_first("int_linear", counted) if request.param else counted
 
 
 def inputs(seed: int = 0, rows=(3,)) -> tuple:
@@ -288,9 +291,9 @@ def test_arguments_of_other_types(call):
 def test_without_the_tests_of_torch(call, monkeypatch):
     """A torch that lacks a name: every call goes through the dispatcher."""
     monkeypatch.delattr(torch._C, "_are_functorch_transforms_active")
-    assert module._watchers() is None
-    monkeypatch.setattr(module, "WATCHERS", module._watchers())
-    always = module.direct(call.dispatched, family.int_linear.__wrapped__)
+    assert watchers.find() is None
+    monkeypatch.setattr(module, "WATCHERS", watchers.find())
+    always = module.direct(call.dispatched, unwrap(family.int_linear))
     always.differentiate(family._backward, family._setup_context)
     check(always, inputs(), 1)
 

@@ -190,7 +190,7 @@ def test_small_values_beside_large_ones_that_cancel():
             check(x[:m].bfloat16(), packed)
 
 
-@pytest.mark.parametrize("group", [64, 128, 192, 256, 320, 768])
+@pytest.mark.parametrize("group", [64, 128, 192, 256, 320, 512, 768])
 def test_bytes_of_the_largest_magnitude(group):
     """Fixed point whose lower bytes are all -128, or all 127, and codes farthest from their zero point: sums
     as large as they get, of one sign."""

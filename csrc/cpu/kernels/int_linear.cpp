@@ -58,6 +58,18 @@ int multiply_rows(const Product& product, const Packed& w, const float* bias, T*
     return QNK_OK;
 }
 
+// False in `served` where zero points are no codes; y is then not whole.
+template <int Bytes, typename T>
+int multiply_grouped(const GroupedRowProduct<Bytes>& product, const Packed& w, const float* bias, T* y, bool& served) {
+    if (!product) return QNK_NO_MEMORY;
+    int others = 0;
+    parallel_for(w.n, 16, [&](int64_t begin, int64_t end) {
+        if (!product.multiply(bias, y, begin, end)) __atomic_store_n(&others, 1, __ATOMIC_RELAXED);
+    });
+    served = !others;
+    return QNK_OK;
+}
+
 // Tiles of bf16 where x is, unless bytes can be multiplied where the weight lies.
 template <typename T>
 int multiply_tiles(const T* x, const Packed& w, const Segments& segments, const Quantization& how, const float* bias, T* y,
@@ -97,8 +109,12 @@ int multiply(const T* x, const Packed& w, Quantization how, const float* bias, T
     representable = activations.quantize(x, m);
     if (!representable) return QNK_OK;
     if (rows) return multiply_rows(RowProduct(w, segments, activations), w, bias, y);
-    if (how.bytes == 2) return multiply_rows(GroupedRowProduct<2>(w, segments, activations), w, bias, y);
-    return multiply_rows(GroupedRowProduct<3>(w, segments, activations), w, bias, y);
+    bool served;
+    const int status =
+        how.bytes == 2 ? multiply_grouped(GroupedRowProduct<2>(w, segments, activations), w, bias, y, served)
+                       : multiply_grouped(GroupedRowProduct<3>(w, segments, activations), w, bias, y, served);
+    if (status != QNK_OK || served) return status;
+    return multiply_tiles(x, w, segments, {3, nullptr, nullptr}, bias, y, m, representable);
 }
 
 bool bytes_serve(const Packed& w) { return w.k > 0 && Segments::serves(w); }

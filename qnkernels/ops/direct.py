@@ -118,7 +118,7 @@ def direct(dispatched: Callable, function: Callable) -> Callable:
 
 
 def whole_first(name: str, call: Callable) -> Callable:
-    """`call`, what `direct` gave for the op of this name, after what takes plain tensors whole, where anything
+    """`call`, what `direct` gave for the op of this name, after what takes plain tensors whole, if anything
     does: that looks itself whether anybody watches, but cannot see a compiler.
     """
 

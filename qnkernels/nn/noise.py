@@ -9,6 +9,7 @@ from torch import nn
 from .. import functional
 from ..ops.block_noise import KINDS
 from ..ops.checks import check_rate, fail
+from ..ops.direct import watched
 from ..ops.kmeans import MAX_CLUSTERS, MAX_DIMENSION
 from ..ops.range import OBSERVERS
 from .fixed import FixedBuffers
@@ -104,6 +105,7 @@ class ObservedRange(FixedBuffers):
         super().__init__()
         self.observer, self.update_every, self.momentum = observer, update_every, momentum
         self.axis, self.group_size = axis, group_size
+        self._kept: tuple | None = None  # see _scale_and_bits
         self.register_buffer("low", torch.zeros(shape, device=device), persistent)
         self.register_buffer("high", torch.zeros(shape, device=device), persistent)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device), persistent)
@@ -117,9 +119,38 @@ class ObservedRange(FixedBuffers):
 
     def training_range(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Count a training forward on x, refresh the range where it is due, and return it."""
-        if not in_recomputation():
+        if not in_recomputation() and not self._counted_():
             self._observe_(x, self.low, self.high, self.step, self.update_every)
         return self.low, self.high
+
+    def _counted_(self) -> bool:
+        """Count a training forward that refreshes nothing, on the CPU while nobody looks at ops, and return
+        True: the op would take longer."""
+        step, every = self._buffers["step"], self.update_every
+        if watched(step) or not step.is_cpu:
+            return False
+        now = int(step)
+        if now == 0 or (every > 0 and now % every == 0):
+            return False
+        step += 1
+        return True
+
+    def _scale_and_bits(
+        self, low: torch.Tensor, high: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scale, zero point and a copy of bits, so that the precision may change between a forward and its
+        backward. Those of the last call are kept, for one range on the CPU that is the same now.
+        """
+        bits = self._buffers["bits"]
+        keep = low.dim() == 0 and low.is_cpu and not watched(low, high, bits)
+        values = (float(low), float(high), int(bits)) if keep else None
+        if keep and self._kept is not None and self._kept[0] == values:
+            return self._kept[1]
+        bits = bits.clone()
+        found = (*functional.quantization_parameters(low, high, bits), bits)
+        if keep:
+            self._kept = values, found
+        return found
 
     def stored_range(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The range as training left it, or that of x before any training forward; changes no state."""
@@ -178,9 +209,7 @@ class ScalarNoise(ObservedRange):
             p, seed = self.p, draw_seed(rows.device)
         else:
             low, high = self._range_now(rows.detach())
-        # a copy, so that the precision may change between this forward and its backward
-        bits = self.bits.clone()
-        scale, zero_point = functional.quantization_parameters(low, high, bits)
+        scale, zero_point, bits = self._scale_and_bits(low, high)
         layout = dict(axis=self.axis, group_size=self.group_size)
         return dict(scale=scale, zero_point=zero_point, bits=bits, p=p, seed=seed, **layout)
 
@@ -285,8 +314,7 @@ class ActivationNoise(ObservedRange):
             p, seed = self.p, draw_seed(y.device)
         else:
             low, high = self.stored_range(y.detach())
-        bits = self.bits.clone()
-        scale, zero_point = functional.quantization_parameters(low, high, bits)
+        scale, zero_point, bits = self._scale_and_bits(low, high)
         return functional.fake_quantize(y, scale, zero_point, bits, p=p, seed=seed)
 
     def extra_repr(self) -> str:

@@ -21,6 +21,26 @@ def test_range_is_refreshed_every_so_many_forwards(every):
         assert torch.equal(noise.low, last_seen.min()) and torch.equal(noise.high, last_seen.max())
 
 
+@pytest.mark.parametrize("write", [lambda t, value: t.fill_(value), lambda t, value: t.data.fill_(value)])
+@pytest.mark.parametrize("per", ["tensor", "channel"])
+def test_scale_follows_range_and_bits_and_outlives_a_change(per, write):
+    """However they are changed: what is kept from one forward to the next is that of the same values."""
+    weight = torch.randn(6, 4)
+    noise = ScalarNoise(weight, bits=8, per=per, update_every=0)
+    seen = []
+    for name, value in ((None, None), (None, None), ("bits", 4), ("low", -7.0), ("high", 9.0), ("bits", 8)):
+        if name is not None:
+            write(getattr(noise, name), value)
+        found = noise.quantizer(weight)
+        expected = functional.quantization_parameters(noise.low, noise.high, noise.bits)
+        assert torch.equal(found["scale"], expected[0]) and torch.equal(found["zero_point"], expected[1])
+        assert found["bits"] == noise.bits
+        seen.append((found, [found[key].clone() for key in ("scale", "zero_point", "bits")]))
+    for found, values in seen:
+        for key, value in zip(("scale", "zero_point", "bits"), values, strict=True):
+            assert torch.equal(found[key], value)
+
+
 def test_ema_moves_by_the_momentum_and_eval_uses_it():
     first, second = torch.randn(5, 8), torch.randn(5, 8) * 3
     noise = ScalarNoise(first, bits=4, observer="ema_minmax", per="channel", update_every=1, momentum=0.25)

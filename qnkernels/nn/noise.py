@@ -273,7 +273,8 @@ class BlockNoise(nn.Module):
         if self.training:
             seed = draw_seed(weight.device)
         options = (self.block_size, p, seed, self.kind, self.rescale, dtype, codebook)
-        return functional.block_noise(rows, *options).view(weight.shape)
+        noised = functional.block_noise(rows, *options)
+        return noised if weight.dim() == 2 else noised.view(weight.shape)
 
     def extra_repr(self) -> str:
         return f"block_size={self.block_size}, p={self.p}, kind={self.kind!r}, rescale={self.rescale}"

@@ -7,7 +7,9 @@ gradient of the weight is a fresh matrix product, so the straight-through mask i
 import torch
 import torch.nn.functional as F
 
+from ..backends import select
 from . import checks
+from .direct import watched
 from .fake_quantize import fake_quantize, fake_quantize_backward, fake_quantize_backward_
 
 
@@ -35,8 +37,12 @@ class _NoisyLinear(torch.autograd.Function):
             grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
             if torch.is_grad_enabled():  # a second derivative is wanted: nothing may be overwritten
                 grad_weight = fake_quantize_backward(grad_weight, weight, *quantizer, outside)
-            else:
+            elif watched(grad_weight, weight) or not grad_weight.is_contiguous():
                 fake_quantize_backward_(grad_weight, weight, *quantizer, outside)
+            else:  # the forward has checked all of it
+                kernel = select("fake_quantize_backward", checks.device_type(weight))
+                parameters = (scale.contiguous(), zero_point.contiguous(), *quantizer[2:])
+                kernel(grad_weight, weight.contiguous(), *parameters, outside, out=grad_weight)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, *[None] * 7

@@ -123,8 +123,7 @@ QNK_API int qnk_cpu_int_linear_quantized(const void* x, int dtype, const float* 
 
 // The two above as functions for Python, which take the arguments of the op and return y, or None for what they do not
 // serve; new references, with the interpreter's lock held. Before, qnk_cpu_tensors takes the table of torch.Tensor's
-// __dlpack_c_exchange_api__ and a tuple of what they need of Python (tensors.cpp), which must live as long as they do, and
-// returns whether that serves.
+// __dlpack_c_exchange_api__ and a tuple of what they need of Python (tensors.cpp), and returns whether that serves.
 QNK_API int qnk_cpu_tensors(const void* table, void* objects);
 QNK_API void* qnk_cpu_int_linear_function(void);
 QNK_API void* qnk_cpu_int_linear_quantized_function(void);

@@ -23,13 +23,15 @@ QNK_PYTHON void PyEval_RestoreThread(void* state);
 QNK_PYTHON void PyErr_Clear(void);
 QNK_PYTHON void Py_IncRef(void* object);
 QNK_PYTHON void Py_DecRef(void* object);
+QNK_PYTHON void* PyTuple_New(long count);
 QNK_PYTHON void* PyTuple_GetItem(void* tuple, long index);
+QNK_PYTHON int PyTuple_SetItem(void* tuple, long index, void* object);  // which takes the reference over
 QNK_PYTHON void* PyObject_Type(void* object);
 QNK_PYTHON int PyObject_IsTrue(void* object);
 QNK_PYTHON void* PyObject_GetAttr(void* object, void* name);
 QNK_PYTHON void* PyObject_CallNoArgs(void* callable);
-QNK_PYTHON void* PyObject_CallOneArg(void* callable, void* argument);
-QNK_PYTHON void* PyObject_Vectorcall(void* callable, void* const* arguments, size_t count, void* names);
+QNK_PYTHON void* PyObject_CallObject(void* callable, void* tuple);
+QNK_PYTHON void* PyObject_CallFunctionObjArgs(void* callable, ...);  // up to a null pointer
 QNK_PYTHON void* PyLong_FromLongLong(long long value);
 QNK_PYTHON long long PyLong_AsLongLong(void* object);
 QNK_PYTHON void* PyCFunction_NewEx(PyMethod* method, void* self, void* module);
@@ -46,7 +48,7 @@ enum Known {
     kNone, kInt, kTensor, kParameter,  // None; types
     kNewEmpty, kIsNegative, kIsWrapped, kIsGradEnabled,  // Tensor.new_empty(x, *sizes), Tensor.is_neg(x), ...
     kProfiler, kProfilerName, kForward, kForwardName,  // modules, and an attribute of each
-    kRequiresGrad,  // the name
+    kIsCpu, kRequiresGrad,  // names
     kFunctionModes, kDispatchModes, kTransforms, kTracing,  // functions, which return something false while there is none
     kKnown
 };
@@ -70,7 +72,7 @@ bool watched() {
     void* level = PyObject_GetAttr(known[kForward], known[kForwardName]);
     const long long value = level ? PyLong_AsLongLong(level) : 0;  // (-1 with no level, and where there is no number)
     if (level) Py_DecRef(level);
-    if (!level) PyErr_Clear();
+    PyErr_Clear();
     return value >= 0;
 }
 
@@ -92,7 +94,7 @@ class View {
             PyErr_Clear();
             return false;
         }
-        if (tensor_.device_type != kDlCpu || tensor_.lanes != 1) return false;
+        if (!tensor_.data || tensor_.device_type != kDlCpu || tensor_.lanes != 1) return false;
         int64_t step = 1;
         for (int32_t i = tensor_.dims; i-- > 0; step *= tensor_.shape[i])
             if (tensor_.shape[i] != 1 && tensor_.strides[i] != step) return false;
@@ -152,11 +154,21 @@ struct Layer {
 
     // y [.., n] in the dtype of x, a new object; null without memory.
     void* result(void* x_object) const {
-        void* arguments[1 + kMostDims] = {x_object};
         const int dims = x.dims();
-        for (int i = 0; i < dims; ++i) arguments[1 + i] = PyLong_FromLongLong(i + 1 < dims ? x.size(i) : n);
-        void* y = PyObject_Vectorcall(known[kNewEmpty], arguments, 1 + dims, nullptr);
-        for (int i = 0; i < dims; ++i) Py_DecRef(arguments[1 + i]);
+        void* arguments = PyTuple_New(1 + dims);
+        void* y = nullptr;
+        if (arguments) {
+            Py_IncRef(x_object);
+            PyTuple_SetItem(arguments, 0, x_object);
+            bool whole = true;
+            for (int i = 0; i < dims; ++i) {
+                void* size = PyLong_FromLongLong(i + 1 < dims ? x.size(i) : n);
+                whole = whole && size;
+                PyTuple_SetItem(arguments, 1 + i, size);
+            }
+            if (whole) y = PyObject_CallObject(known[kNewEmpty], arguments);
+            Py_DecRef(arguments);
+        }
         if (!y) PyErr_Clear();
         return y;
     }
@@ -172,7 +184,13 @@ bool differentiated(void* const* tensors, const int* which, int count) {
 
 // The imaginary part of a conjugate, whose sign is still to be flipped, or a tensor that has outlived its transform.
 bool unfinished(void* x) {
-    return is_true(PyObject_CallOneArg(known[kIsNegative], x)) || is_true(PyObject_CallOneArg(known[kIsWrapped], x));
+    return is_true(PyObject_CallFunctionObjArgs(known[kIsNegative], x, nullptr)) ||
+           is_true(PyObject_CallFunctionObjArgs(known[kIsWrapped], x, nullptr));
+}
+
+// Whether x is not served, for what is soon seen.
+bool elsewhere(void* x) {
+    return !is_of(x, kTensor, kParameter) || !is_true(PyObject_GetAttr(x, known[kIsCpu])) || watched();
 }
 
 void* none() {
@@ -221,7 +239,7 @@ void* computed(const Layer& layer, void* x, const Kernel& kernel) {
 void* int_linear(void*, void* const* given, long count) {
     static const int differentiable[] = {0, 2, 4};
     Layer layer;
-    if (count != 6 || watched() || !layer.take(given) || unfinished(given[0]) || differentiated(given, differentiable, 3))
+    if (count != 6 || elsewhere(given[0]) || !layer.take(given) || unfinished(given[0]) || differentiated(given, differentiable, 3))
         return none();
     return computed(layer, given[0], [&](const float* bias, void* y) {
         return qnk_cpu_int_linear(layer.x.data<void>(), layer.x.dtype(), layer.weight.data<uint8_t>(),
@@ -235,7 +253,7 @@ void* int_linear_quantized(void*, void* const* given, long count) {
     static const int differentiable[] = {0, 2, 4, 6, 7};
     Layer layer;
     View range[2];
-    if (count != 8 || watched() || !layer.take(given)) return none();
+    if (count != 8 || elsewhere(given[0]) || !layer.take(given)) return none();
     for (int i = 0; i < 2; ++i)
         if (!range[i].of(given[6 + i]) || (range[i].given() && (!range[i].fp32() || range[i].dims() != 0))) return none();
     if (range[0].given() != range[1].given() || unfinished(given[0]) || differentiated(given, differentiable, 5)) return none();
@@ -256,8 +274,9 @@ PyMethod int_linear_quantized_method = {"int_linear_quantized", int_linear_quant
 int qnk_cpu_tensors(const void* table, void* objects) {
     using namespace qnk;
     const auto* offered = static_cast<const DlExchange*>(table);
-    if (!PyObject_Vectorcall || !PyCFunction_NewEx || offered->version[0] != kDlVersion || !offered->view) return 0;
+    if (!PyObject_CallNoArgs || !PyCFunction_NewEx || offered->version[0] != kDlVersion || !offered->view) return 0;
     exchange = offered;
+    Py_IncRef(objects);  // for as long as the functions may be called, that is, for good
     for (int i = 0; i < kKnown; ++i) known[i] = PyTuple_GetItem(objects, i);
     return 1;
 }

@@ -17,26 +17,25 @@ from .watchers import WATCHERS
 
 TABLE = "__dlpack_c_exchange_api__"
 OPS = ("int_linear", "int_linear_quantized")
-_known: list[tuple] = []  # what C++ holds without counting it
 
 
 def load() -> dict[str, Callable]:
     """By op name, with the op's signature; empty where torch or the library lacks what it takes."""
     table = _table()
     library = ctypes.PyDLL(str(library_path("cpu")))  # which keeps the interpreter's lock
-    if table is None or WATCHERS is None or not hasattr(library, "qnk_cpu_tensors"):
+    made = all(hasattr(library, name) for name in ("qnk_cpu_tensors", *map(_maker, OPS)))
+    if table is None or WATCHERS is None or not made:
         return {}
     *modes, is_wrapped = WATCHERS
     known = (
         *(None, int, torch.Tensor, torch.nn.Parameter),
         *(torch.Tensor.new_empty, torch.Tensor.is_neg, is_wrapped, torch.is_grad_enabled),
-        *(profiler, "_is_profiler_enabled", forward_ad, "_current_level", "requires_grad"),
+        *(profiler, "_is_profiler_enabled", forward_ad, "_current_level", "is_cpu", "requires_grad"),
         *modes,
     )
     library.qnk_cpu_tensors.argtypes = (ctypes.c_void_p, ctypes.py_object)
     if not library.qnk_cpu_tensors(table, known):
         return {}
-    _known.append(known)
     return {op: _function(library, op) for op in OPS}
 
 
@@ -51,7 +50,11 @@ def _table() -> int | None:
         return None
 
 
+def _maker(op: str) -> str:
+    return f"qnk_cpu_{op}_function"
+
+
 def _function(library: ctypes.PyDLL, op: str) -> Callable:
-    make = getattr(library, f"qnk_cpu_{op}_function")
+    make = getattr(library, _maker(op))
     make.restype = ctypes.py_object
     return make()

@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import functional
 from ..ops.block_noise import KINDS
-from ..ops.checks import check_rate, fail
+from ..ops.checks import FLOATS, check_rate, fail
 from ..ops.direct import watched
 from ..ops.kmeans import MAX_CLUSTERS, MAX_DIMENSION
 from ..ops.range import OBSERVERS
@@ -89,6 +89,7 @@ class ObservedRange(FixedBuffers):
     """
 
     FIXED = ("low", "high", "step", "bits")
+    _kept: tuple | None = None  # see _scale_and_bits
 
     def __init__(
         self,
@@ -105,7 +106,6 @@ class ObservedRange(FixedBuffers):
         super().__init__()
         self.observer, self.update_every, self.momentum = observer, update_every, momentum
         self.axis, self.group_size = axis, group_size
-        self._kept: tuple | None = None  # see _scale_and_bits
         self.register_buffer("low", torch.zeros(shape, device=device), persistent)
         self.register_buffer("high", torch.zeros(shape, device=device), persistent)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device), persistent)
@@ -119,15 +119,15 @@ class ObservedRange(FixedBuffers):
 
     def training_range(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Count a training forward on x, refresh the range where it is due, and return it."""
-        if not in_recomputation() and not self._counted_():
+        if not in_recomputation() and not self._counted_(x):
             self._observe_(x, self.low, self.high, self.step, self.update_every)
         return self.low, self.high
 
-    def _counted_(self) -> bool:
+    def _counted_(self, x: torch.Tensor) -> bool:
         """Count a training forward that refreshes nothing, on the CPU while nobody looks at ops, and return
         True: the op would take longer."""
         step, every = self._buffers["step"], self.update_every
-        if watched(step) or not step.is_cpu:
+        if watched(step, x) or not (step.is_cpu and x.is_cpu) or x.dtype not in FLOATS:
             return False
         now = int(step)
         if now == 0 or (every > 0 and now % every == 0):
@@ -142,7 +142,8 @@ class ObservedRange(FixedBuffers):
         backward. Those of the last call are kept, for one range on the CPU that is the same now.
         """
         bits = self._buffers["bits"]
-        keep = low.dim() == 0 and low.is_cpu and not watched(low, high, bits)
+        keep = not (watched(low, high, bits) or torch.is_inference_mode_enabled())
+        keep = keep and low.dim() == 0 and low.is_cpu
         values = (float(low), float(high), int(bits)) if keep else None
         if keep and self._kept is not None and self._kept[0] == values:
             return self._kept[1]
@@ -151,6 +152,9 @@ class ObservedRange(FixedBuffers):
         if keep:
             self._kept = values, found
         return found
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def stored_range(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The range as training left it, or that of x before any training forward; changes no state."""

@@ -58,7 +58,7 @@ def watched(*tensors: torch.Tensor) -> bool:
     return False
 
 
-def direct(dispatched: Callable, function: Callable) -> Callable:
+def direct(dispatched: Callable, function: Callable, differentiable: Callable | None = None) -> Callable:
     """A callable, taking all arguments of the schema in order, that gives what `dispatched` (an op of
     torch.ops) gives, and calls its implementation `function` itself where nothing else needs to know.
 
@@ -70,7 +70,7 @@ def direct(dispatched: Callable, function: Callable) -> Callable:
 
     def differentiate(backward: Callable, setup_context: Callable) -> None:
         nonlocal formula
-        formula = _formula(dispatched.__name__, function, backward, setup_context)
+        formula = _formula(dispatched.__name__, differentiable or function, backward, setup_context)
 
     if WATCHERS is None:
         call = _always(dispatched)

@@ -22,9 +22,10 @@ def op(schema: str, fake: Callable, whole: bool = False) -> Callable:
 
     def register(function: Callable) -> Callable:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, _after_whole(name, function) if whole else function, "CompositeExplicitAutograd")
+        implementation = _after_whole(name, function) if whole else function
+        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qnkernels::{name}", fake, lib=LIBRARY)
-        call = direct(getattr(torch.ops.qnkernels, name), function)
+        call = direct(getattr(torch.ops.qnkernels, name), function, implementation)
         return whole_first(name, call) if whole else call
 
     return register

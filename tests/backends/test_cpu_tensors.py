@@ -12,6 +12,7 @@ from numeric import DTYPES, assert_identical
 
 import qnkernels as qnk
 from qnkernels import functional as F
+from qnkernels import ops
 from qnkernels.backends import cpu_tensors, select, select_whole
 
 M, N, K = 3, 40, 128
@@ -143,7 +144,7 @@ def test_more_or_fewer_arguments_are_left_to_others():
 def test_nothing_is_kept():
     """References: of what is given, of what is returned, and of what is known of Python."""
     arguments = layer()
-    objects = (*arguments[:-1], None, True, *cpu_tensors._known[-1])
+    objects = (*arguments[:-1], None, int, torch.Tensor, torch.Tensor.new_empty, torch.is_grad_enabled)
     before = [sys.getrefcount(one) for one in objects]
     for _ in range(100):
         y = whole("int_linear")(*arguments)
@@ -183,6 +184,26 @@ def test_a_torch_without_the_table(monkeypatch, table):
 def test_a_library_without_the_functions(monkeypatch):
     monkeypatch.setattr(cpu_tensors, "library_path", lambda _: ctypes.util.find_library("m"))
     assert cpu_tensors.load() == {}
+
+
+def test_a_library_of_another_version(monkeypatch):
+    class Library:
+        def __init__(self, _):
+            self.qnk_cpu_tensors = None
+
+    monkeypatch.setattr(ctypes, "PyDLL", Library)
+    assert cpu_tensors.load() == {}
+
+
+def test_gradients_are_of_what_the_functions_give(monkeypatch):
+    """Where a gradient is wanted autograd's forward calls them, not the checked kernel."""
+    x, *packed, bias, bits = layer()
+    expected = whole("int_linear")(x, *packed, bias, bits)
+    called = []
+    monkeypatch.setattr(ops.int_linear, "select", lambda *names: called.append(names))
+    y = F.int_linear(x.requires_grad_(), *packed, bias, bits)
+    assert y.requires_grad and not called
+    assert_identical(y.detach(), expected)
 
 
 def test_a_result_too_large_to_exist_is_not_asked_for():

@@ -1,5 +1,8 @@
 """The state of the noise: which forward observes, what eval uses, what is refused."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -39,6 +42,43 @@ def test_scale_follows_range_and_bits_and_outlives_a_change(per, write):
     for found, values in seen:
         for key, value in zip(("scale", "zero_point", "bits"), values, strict=True):
             assert torch.equal(found[key], value)
+
+
+def test_a_forward_that_refreshes_nothing_refuses_what_others_refuse():
+    noise = ActivationNoise(p=0.0)
+    y = torch.randn(4, 8)
+    noise(y)
+    for wrong, error in ((y.double(), TypeError), (y.to("meta"), ValueError), (y.int(), TypeError)):
+        with pytest.raises(error):
+            noise(wrong)
+    assert noise.step == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_inference_mode_leaves_nothing_that_training_cannot_use(training):
+    weight = torch.nn.Parameter(torch.randn(8, 16))
+    noise = ScalarNoise(weight, bits=4).train(training)
+    with torch.inference_mode():
+        noise(weight)
+    noise(weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_what_is_kept_is_not_pickled_and_tracers_see_the_ops():
+    weight = torch.randn(8, 16)
+    noise = ScalarNoise(weight, bits=4)
+    for _ in range(2):
+        noise(weight)
+    assert noise._kept is not None
+    torch.manual_seed(1)
+    expected = noise(weight)
+    for copied in (pickle.loads(pickle.dumps(noise)), copy.deepcopy(noise)):
+        assert copied._kept is None
+        torch.manual_seed(1)
+        assert torch.equal(copied(weight), expected) and copied.step == noise.step + 1
+    counted = noise.step.clone()
+    traced = torch.fx.symbolic_trace(noise.eval(), concrete_args={"dtype": None})
+    assert torch.equal(traced(weight), noise(weight)) and noise.step == counted
 
 
 def test_ema_moves_by_the_momentum_and_eval_uses_it():

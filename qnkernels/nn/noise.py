@@ -148,7 +148,8 @@ class ObservedRange(FixedBuffers):
         if keep and self._kept is not None and self._kept[0] == values:
             return self._kept[1]
         bits = bits.clone()
-        found = (*functional.quantization_parameters(low, high, bits), bits)
+        scale, zero_point = functional.quantization_parameters(low, high, bits)
+        found = scale, zero_point, bits
         if keep:
             self._kept = values, found
         return found

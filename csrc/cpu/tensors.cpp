@@ -182,10 +182,14 @@ bool differentiated(void* const* tensors, const int* which, int count) {
     return false;
 }
 
-// The imaginary part of a conjugate, whose sign is still to be flipped, or a tensor that has outlived its transform.
-bool unfinished(void* x) {
-    return is_true(PyObject_CallFunctionObjArgs(known[kIsNegative], x, nullptr)) ||
-           is_true(PyObject_CallFunctionObjArgs(known[kIsWrapped], x, nullptr));
+// Whether x has outlived its transform, or one of these tensors, of which some may be None, is the imaginary part of a
+// conjugate, whose sign is still to be flipped.
+bool unfinished(void* const* tensors, const int* which, int count) {
+    for (int i = 0; i < count; ++i) {
+        void* tensor = tensors[which[i]];
+        if (tensor != known[kNone] && is_true(PyObject_CallFunctionObjArgs(known[kIsNegative], tensor, nullptr))) return true;
+    }
+    return is_true(PyObject_CallFunctionObjArgs(known[kIsWrapped], tensors[0], nullptr));
 }
 
 // Whether x is not served, for what is soon seen.
@@ -237,9 +241,10 @@ void* computed(const Layer& layer, void* x, const Kernel& kernel) {
 
 // (x, weight, scale, zero point, bias, bits)
 void* int_linear(void*, void* const* given, long count) {
-    static const int differentiable[] = {0, 2, 4};
+    static const int floats[] = {0, 2, 4};
     Layer layer;
-    if (count != 6 || elsewhere(given[0]) || !layer.take(given) || unfinished(given[0]) || differentiated(given, differentiable, 3))
+    if (count != 6 || elsewhere(given[0]) || !layer.take(given) || unfinished(given, floats, 3) ||
+        differentiated(given, floats, 3))
         return none();
     return computed(layer, given[0], [&](const float* bias, void* y) {
         return qnk_cpu_int_linear(layer.x.data<void>(), layer.x.dtype(), layer.weight.data<uint8_t>(),
@@ -250,13 +255,14 @@ void* int_linear(void*, void* const* given, long count) {
 
 // (x, weight, scale, zero point, bias, bits, x scale, x zero point)
 void* int_linear_quantized(void*, void* const* given, long count) {
-    static const int differentiable[] = {0, 2, 4, 6, 7};
+    static const int floats[] = {0, 2, 4, 6, 7};
     Layer layer;
     View range[2];
     if (count != 8 || elsewhere(given[0]) || !layer.take(given)) return none();
     for (int i = 0; i < 2; ++i)
         if (!range[i].of(given[6 + i]) || (range[i].given() && (!range[i].fp32() || range[i].dims() != 0))) return none();
-    if (range[0].given() != range[1].given() || unfinished(given[0]) || differentiated(given, differentiable, 5)) return none();
+    if (range[0].given() != range[1].given() || unfinished(given, floats, 5) || differentiated(given, floats, 5))
+        return none();
     return computed(layer, given[0], [&](const float* bias, void* y) {
         return qnk_cpu_int_linear_quantized(layer.x.data<void>(), layer.x.dtype(), range[0].data<float>(),
                                             range[1].data<float>(), layer.weight.data<uint8_t>(), layer.scale.data<float>(),

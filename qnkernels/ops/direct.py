@@ -102,10 +102,12 @@ def direct(dispatched: Callable, function: Callable, differentiable: Callable | 
             tensors_of[kinds] = pick
         tensors = pick(arguments)
         first = tensors[0]
-        # Of the tensors only the first may well be the result of a computation: the imaginary part of a
-        # conjugate, whose sign is still to be flipped, or one that has outlived its function transform.
-        if not (first.is_cpu or first.is_cuda) or first.is_neg() or is_wrapped(first):
+        # Of the tensors only the first may well be the result of a computation, and outlive its transform.
+        if not (first.is_cpu or first.is_cuda) or is_wrapped(first):
             return dispatched(*arguments)
+        for tensor in tensors:
+            if tensor.is_neg():  # the imaginary part of a conjugate, whose sign is still to be flipped
+                return dispatched(*arguments)
         if is_grad_enabled():
             for tensor in tensors:
                 if tensor.requires_grad:

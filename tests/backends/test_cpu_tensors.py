@@ -99,6 +99,7 @@ X, WEIGHT, SCALE, ZERO_POINT, BIAS, BITS = range(6)
         (X, lambda t: torch.zeros(())),
         (X, lambda t: torch.zeros(*[1] * 8, K)),
         (X, lambda t: torch.complex(t, t).conj().imag),
+        *((position, torch._neg_view) for position in (X, SCALE, BIAS)),
         (BITS, bool),
         (X, lambda t: t.to_sparse()),
         (WEIGHT, lambda t: t[0]),
@@ -128,6 +129,7 @@ def test_anything_else_is_left_to_others(position, change):
         (torch.tensor(0.03).double(), torch.tensor(100.0)),
         (torch.tensor(0.03).requires_grad_(), torch.tensor(100.0)),
         (0.03, 100.0),
+        (torch.tensor(0.03 - 0.03j).conj().imag, torch.tensor(100.0)),
     ],
 )
 def test_ranges_of_another_form_are_left_to_others(range_):

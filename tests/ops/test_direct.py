@@ -268,6 +268,14 @@ def test_tensors_that_only_the_dispatcher_resolves(call):
     assert call.dispatched.count == 2
 
 
+@pytest.mark.parametrize("position", [2, 4])  # scale, bias
+def test_parameters_whose_sign_is_to_be_flipped(call, position):
+    arguments = list(inputs())
+    arguments[position] = torch._neg_view(-arguments[position])
+    assert arguments[position].is_neg() and arguments[position].is_contiguous()
+    assert_identical(check(call, arguments, 1), OPS.int_linear(*inputs()))
+
+
 def test_profiler_shows_the_op(call):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call(*inputs())

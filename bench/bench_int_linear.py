@@ -16,11 +16,11 @@ batch 1 0.25 (bf16) and 0.30 ms (fp32), floor 0.15. Batch 256: dynamic 2.6 ms, t
 0.63; bf16 5.4 ms, instructions 1.3, F.linear 5.2; fp32, three products of bytes, 6.4 ms against 28. What is
 missing there: operands and sums come from the second-level cache (10 to 14 ns a product instead of 4.8),
 codes are unpacked, outputs are written.
-On a later one (3.9 GHz, 480 MB of cache, of which a core reads 25 GB/s; the CSV of model 167): means 5.1 and
-1.76 (weight-only int8, fp32 and bf16), 2.3 and 3.0 (dynamic), 4.1 and 1.78 (int4), 2.77 in all, none of 120
+On a later one (3.9 GHz, 480 MB of cache, of which a core reads 25 GB/s; the CSV of model 167): means 5.3 and
+1.79 (weight-only int8, fp32 and bf16), 2.2 and 2.8 (dynamic), 4.2 and 1.80 (int4), 2.76 in all, none of 120
 points below 0.9; 2.50 and one (int4 with bf16, 768x768, batch 1, 0.83) before what follows. A call whose
 weight streams through the caches finds the interpreter outside them: it added 65 us to 4096x4096, batch 1,
-where it takes 6 otherwise; now 24 and 3.4, as one function in C++ (of which 11 are that function), and 20
+where it takes 6 otherwise; now 24 and 3, as one function in C++ (of which 11 are that function), and 20
 were inference_mode around each call, now no_grad around all. int4, batch 1, fp32 / bf16 252 / 222 -> 224 /
 203 us, 15 instructions for 128 products of three bytes -> 13: bytes joined on the way, what zero points take
 off as a product of pairs of words instead of a table of 32 KB, upper nibbles by one instruction of GFNI, rows

@@ -20,11 +20,11 @@ On a later one (3.9 GHz, 480 MB of cache, of which a core reads 25 GB/s; the CSV
 1.79 (weight-only int8, fp32 and bf16), 2.2 and 2.8 (dynamic), 4.2 and 1.80 (int4), 2.76 in all, none of 120
 points below 0.9; 2.50 and one (int4 with bf16, 768x768, batch 1, 0.83) before what follows. A call whose
 weight streams through the caches finds the interpreter outside them: it added 65 us to 4096x4096, batch 1,
-where it takes 6 otherwise; now 24 and 3, as one function in C++ (of which 11 are that function), and 20
-were inference_mode around each call, now no_grad around all. int4, batch 1, fp32 / bf16 252 / 222 -> 224 /
-203 us, 15 instructions for 128 products of three bytes -> 13: bytes joined on the way, what zero points take
-off as a product of pairs of words instead of a table of 32 KB, upper nibbles by one instruction of GFNI, rows
-at strides. With all but the loads left out it takes 208. Without gain there: lines asked for into the second
+where it takes 6 otherwise; now 24 and 3, as one function in C++ (of which 11 are that function), and 20 were
+inference_mode around each call, now no_grad around all. int4, batch 1, fp32 / bf16 252 / 222 -> 224 / 203
+us, 15 instructions for 128 products of three bytes -> 13: bytes joined on the way, what zero points take off
+as a product of pairs of words instead of a table of 32 KB, upper nibbles by one instruction of GFNI, rows at
+strides. With all but the loads left out it takes 208. Without gain there: lines asked for into the second
 level, further ahead, or in the order of memory; past the caches (NTA) 600.
 The CSV without a model is of a processor shared with strangers: a tile instruction took 7 to 17 ns,
 with a load 9 to 32, changing within minutes, and F.linear in bf16 5.7 to 16 ms at batch 256. Pairs below are

@@ -8,12 +8,12 @@ Floor: the plain step, ratio 1; on 2 cores at 234 GFLOP/s fp32 it takes 31 ms, a
 passes at 1.5x a 0.42 ms copy) or 0.45 ms. Prediction: 1.04x scalar, 1.015x block in fp32; in bf16, where
 AMX makes the plain step six times faster and the noise two, 1.10x and 1.04x.
 Measured, 2 cores with AMX (3.9 GHz), fp32: 1.05x scalar, 1.05x block (short runs 1.05x to 1.10x and 1.03x to
-1.08x); in bf16 1.22x and 1.19x. A step that merely clones the weight takes 1.02x to 1.06x: after the products a
-copy of 0.4 ms takes 0.8 to 1. Of the 1.6 ms that scalar noise added in fp32, 1.1 were Python, which the products
-had driven out of the caches (0.2 while it is in them); of that, an op that counts forwards, one that computes the
-scale, and checks of the backward are now left out where nothing changed, and it adds 1.1. On older cores noising
-and multiplying in chunks of 256 to 1536 rows, which stores no copy, took 1.30x to 1.09x; stores past the cache
-gained nothing.
+1.08x); in bf16 1.22x and 1.19x. A step that merely clones the weight takes 1.02x to 1.06x: after the
+products a copy of 0.4 ms takes 0.8 to 1. Of the 1.6 ms that scalar noise added in fp32, 1.1 were Python,
+which the products had driven out of the caches (0.2 while it is in them); of that, an op that counts
+forwards, one that computes the scale, and checks of the backward are now left out where nothing changed, and
+it adds 1.1. On older cores noising and multiplying in chunks of 256 to 1536 rows, which stores no copy, took
+1.30x to 1.09x; stores past the cache gained nothing.
 """
 
 from collections.abc import Callable

@@ -19,6 +19,13 @@ struct Bounds {
     Mask outside(Vec x) const { return qnk::outside(x, low, high); }
 };
 
+// A magnitude below which every value lies within the bounds; 0 where there is none.
+inline float inner_bound(const Affine& q, float top) {
+    const float below = q.zero_point * q.scale, above = (top - q.zero_point) * q.scale;
+    const float least = below < above ? below : above;
+    return least > 0.0f ? least : 0.0f;
+}
+
 // Whether levels are found without a division, exactly: zero points of quantizers are integers up to their top.
 inline bool fast(const Affine& q) {
     return Divider::serves(q.scale) && q.zero_point >= 0.0f && q.zero_point < 65536.0f &&
@@ -36,10 +43,11 @@ class Nearest {
 
     const Bounds& bounds() const { return bounds_; }
 
-    template <int N>
+    // Inside: no x lies outside the bounds.
+    template <bool Inside = false, int N>
     __attribute__((always_inline)) void apply(Vec (&x)[N]) const {
         if (Fast) {
-            each<N>([&](int v) { x[v] = min(bounds_.high, max(bounds_.low, x[v])); });
+            if (!Inside) each<N>([&](int v) { x[v] = min(bounds_.high, max(bounds_.low, x[v])); });
             divider_.fast_inside(x);
             each<N>([&](int v) { x[v] = x[v] + zero_; });
             each<N>([&](int v) { x[v] = x[v] + round_magic(); });

@@ -152,13 +152,11 @@ class Noise {
     __attribute__((noinline)) void draw(int64_t group) {
         group_ = group;
         if (!half_) return words_.draw(group * kWords, drawn_);
+        static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word is four draws in a row");
         uint16_t values[kWords * kWord];  // whose bits are the draws of 16 times as many elements
         words_.values(group * kWords, values);
-        for (int w = 0; w < 1 << kHalfShift; ++w) {
-            uint64_t word = 0;
-            for (int j = 0; j < 4; ++j) word |= static_cast<uint64_t>(values[4 * w + j]) << (16 * j);
-            drawn_[w] = ~word;
-        }
+        memcpy(drawn_, values, sizeof values);
+        for (uint64_t& word : drawn_) word = ~word;
     }
 
     NoiseWords words_;

@@ -307,6 +307,29 @@ inline __attribute__((always_inline)) void each(const Op& op) {
     for (int v = 0; v < N; ++v) op(v);
 }
 
+// Whether any lane of N vectors has at least the magnitude `bound`, which is not negative. NaN has. The bits of
+// magnitudes are compared as integers: where floating-point operations are what holds up, others do that beside them.
+template <int N>
+inline __attribute__((always_inline)) bool any_reaches(const Vec (&x)[N], float bound) {
+#if defined(__AVX512F__)
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i most = _mm512_setzero_si512();
+    each<N>([&](int v) { most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(x[v].v), magnitude)); });
+    return _mm512_cmpge_epu32_mask(most, _mm512_castps_si512(splat(bound).v)) != 0;
+#elif defined(__AVX2__)
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i most = _mm256_setzero_si256();
+    each<N>([&](int v) { most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(x[v].v), magnitude)); });
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(_mm256_castps_si256(splat(bound).v), most)) != -1;
+#else
+    bool any = false;
+    each<N>([&](int v) {
+        for (int i = 0; i < kLanes; ++i) any |= !(__builtin_fabsf(x[v].v[i]) < bound);
+    });
+    return any;
+#endif
+}
+
 // op(i, lanes, Size<N>) for every N vectors of `lanes` elements from i on, of `count` elements: for kBatch whole ones at
 // a time, then for single ones, the last of which may have fewer.
 template <typename Op>

@@ -3,6 +3,9 @@
 // Per element of fp32: 4 bytes read, 4 written. Per 16 elements with AVX-512: 14 vector instructions of Philox (a quarter
 // of 8 rounds of 6, and of 7 for the other two) and 10 of the quantizer, 12 cycles on two 512-bit ports (a division
 // would add 16); with AVX2 some 40 and 26. At p = 0.5 a sixteenth of Philox.
+// Values are clamped only where one of four vectors comes near the end of the range; elsewhere integer units look, and
+// neither clamp nor marks take any of the floating-point ones (Zen 4, in the cache: 7.4 cycles with a mask at hand, 8 at
+// p = 0.5, 17 otherwise). Memory is asked for 4 KiB ahead: the next level of cache is 200 cycles away.
 // Backward: 8 bytes read, 4 written (in place: 4 read); draws are made only where a value lies outside the range. A tile
 // of which the forward found all values inside the range costs 4 read and 4 written (in place: nothing).
 #include <type_traits>
@@ -81,7 +84,7 @@ inline void by_word(int64_t first, int64_t count, Noise& noise, const Batch& bat
 
 // Asks for the lines of memory that lie kAhead bytes after p [count], which need not exist. (A call that is not inlined
 // early is dropped by GCC: it does nothing that a program could see.)
-constexpr int64_t kAhead = 1024;
+constexpr int64_t kAhead = 4096;
 template <typename T>
 inline __attribute__((always_inline)) void prefetch(const T* p, int64_t count) {
     const char* ahead = reinterpret_cast<const char*>(p) + kAhead;
@@ -100,16 +103,19 @@ inline uint64_t mask_at(Noise& noise, int64_t i) {
 template <bool Fast, bool Marked, typename In, typename Out>
 bool forward_run(const In* x, Out* y, int64_t first, int64_t count, const Affine& q, float top, Noise& noise) {
     const Nearest<Fast> nearest(q, top);
+    const float inner = inner_bound(q, top);
     Extent extent;
     by_word(first, count, noise, [&](int64_t i, int lanes, auto size, Masks bits) __attribute__((always_inline)) {
         Vec value[size], level[size];
         prefetch(x + i, size * kLanes);
         prefetch(y + i, size * kLanes);
-        each<size>([&](int v) {
-            level[v] = value[v] = load_first(x + i + v * kLanes, lanes);
-            if (Marked) extent.see(value[v], lanes);
-        });
-        nearest.apply(level);
+        each<size>([&](int v) { level[v] = value[v] = load_first(x + i + v * kLanes, lanes); });
+        if (!Fast || __builtin_expect(any_reaches(value, inner), 0)) {
+            if (Marked) each<size>([&](int v) { extent.see(value[v], lanes); });
+            nearest.apply(level);
+        } else {
+            nearest.template apply<true>(level);
+        }
         each<size>([&](int v) { store_first(y + i + v * kLanes, select(bits, v, level[v], value[v]), lanes); });
     });
     return Marked && extent.outside(nearest.bounds());

@@ -339,6 +339,7 @@ def case(kind: Kind, dtype, shape, batch, device) -> Case:
         contenders=partial(contenders, kind, dtype, shape, batch),
         devices=(device,),
         gradients=False,
+        **(TARGETS.get((kind, dtype, shape, batch), {}) if device == "cuda" else {}),
         quick=shape == QUICK[device] and batch in (1, 16) and dtype == torch.bfloat16,
         size=batch,
     )
@@ -349,6 +350,16 @@ BATCHES = (1, 4, 16, 64, 256)
 GPU_SHAPES = ((4096, 4096), (8192, 8192))
 GPU_BATCHES = {torch.float32: (1, 256), torch.bfloat16: (1, 16, 256, 4096)}
 QUICK = {"cpu": (4096, 4096), "cuda": (8192, 8192)}
+CUBLAS = "F.linear bf16"  # the ceiling, too, from PRODUCT_BATCH tokens on
+TARGETS = {
+    (kind, torch.bfloat16, QUICK["cuda"], batch): reached
+    for kind, batch, reached in (
+        *((INT8, batch, dict(peer_target=(1.8, CUBLAS))) for batch in (1, 16)),
+        (INT8, 4096, dict(target=1 / 0.95)),
+        *((INT4, batch, dict(peer_target=(3.0, CUBLAS))) for batch in (1, 16)),
+        (INT4, 256, dict(target=1.0)),
+    )
+}
 CASES = [
     *(
         case(kind, dtype, shape, batch, "cpu")

@@ -248,7 +248,7 @@ def search_contenders(iterations, device_type) -> list[Contender]:
     return [*found, Contender("matmul", "ceiling", partial(products, iterations))]
 
 
-def case(op, n, d, n_clusters, iterations=1, quick=False, devices=("cpu", "cuda")) -> Case:
+def case(op, n, d, n_clusters, iterations=1, quick=False, devices=("cpu", "cuda"), peer_target=None) -> Case:
     contenders = (
         partial(step_contenders, n * n_clusters)
         if op == "kmeans_step"
@@ -265,6 +265,7 @@ def case(op, n, d, n_clusters, iterations=1, quick=False, devices=("cpu", "cuda"
         inputs=partial(make_inputs, n, d, n_clusters),
         contenders=contenders,
         devices=devices,
+        peer_target=peer_target,
         quick=quick,
         size=n_clusters,
     )
@@ -294,12 +295,14 @@ SHAPES = {
         (M, 8, 4096, 2),
     ),
 }
+FIVE_TIMES = (5.0, "")  # the fastest peer: flash-kmeans, or torch's best
 QUICK = {"cpu": (N, 8, 256), "cuda": (M, 8, 256)}
 CASES = [
     case(
         *(op, n, d, n_clusters, steps if op == "kmeans" else 1),
         quick=(n, d, n_clusters) == QUICK[device],
         devices=(device,),
+        peer_target=FIVE_TIMES if (device, n, d, n_clusters) == ("cuda", *QUICK["cuda"]) else None,
     )
     for device, shapes in SHAPES.items()
     for op in ("kmeans_step", "kmeans")

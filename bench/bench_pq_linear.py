@@ -181,7 +181,16 @@ def step_contenders(dtype, device_type) -> list[Contender]:
 
 
 def case(
-    shape, batch, d, n_centroids, dtype, training=False, target=None, quick=False, devices=("cpu", "cuda")
+    shape,
+    batch,
+    d,
+    n_centroids,
+    dtype,
+    training=False,
+    target=None,
+    peer_target=None,
+    quick=False,
+    devices=("cpu", "cuda"),
 ) -> Case:
     out, columns = shape
     types = str(dtype).removeprefix("torch.")
@@ -198,6 +207,7 @@ def case(
         contenders=partial(step_contenders, dtype) if training else partial(contenders, batch, dtype),
         devices=devices,
         target=target,
+        peer_target=peer_target,
         quick=quick,
         size=batch,
     )
@@ -207,6 +217,13 @@ SQUARE, WIDE, LARGE = (4096, 4096), (3072, 768), (8192, 8192)
 TYPES = (torch.float32, torch.bfloat16)
 BATCHES = (1, 16, 256)
 CPU, GPU = dict(devices=("cpu",)), dict(devices=("cuda",))
+CUBLAS = "F.linear bf16"  # the ceiling, too, from 256 tokens on
+GPU_TARGETS = {
+    1: dict(peer_target=(5.0, CUBLAS)),
+    16: dict(peer_target=(3.0, CUBLAS)),
+    256: dict(target=1.0),
+    4096: dict(target=1 / 0.85),
+}
 CASES = [
     *(
         case(SQUARE, batch, 8, 256, dtype, target=1.2 if batch == 256 else None, quick=True, **CPU)
@@ -219,7 +236,10 @@ CASES = [
     case(SQUARE, 512, 8, 256, torch.float32, training=True, target=1.0, quick=True, **CPU),
     case(SQUARE, 512, 8, 256, torch.bfloat16, training=True, **CPU),
     case(WIDE, 512, 8, 256, torch.float32, training=True, **CPU),
-    *(case(LARGE, batch, 8, 256, torch.bfloat16, quick=True, **GPU) for batch in (*BATCHES, 4096)),
+    *(
+        case(LARGE, batch, 8, 256, torch.bfloat16, quick=True, **GPU, **targets)
+        for batch, targets in GPU_TARGETS.items()
+    ),
     *(case(LARGE, batch, d, 256, torch.bfloat16, **GPU) for d in (4, 16) for batch in BATCHES),
     *(case(LARGE, batch, 8, 1024, torch.bfloat16, **GPU) for batch in BATCHES),
     *(case(SQUARE, batch, 8, 256, dtype, **GPU) for dtype in TYPES for batch in BATCHES),

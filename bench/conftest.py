@@ -7,12 +7,14 @@ measured time, so that pytest-benchmark's tables, JSON and comparisons work on i
 
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import environment
 from harness import BUDGETS, Case, Contender, Measurement, chosen, measure
+from records import Records, not_installed
 
 
 class MeasuredClock:
@@ -40,11 +42,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             f"--{mode}", dest="bench_mode", action="store_const", const=mode, default="full", help=text
         )
     group.addoption("--seconds", type=float, default=math.inf, help="after so many, start no other case")
+    group.addoption(
+        "--records", type=Path, help="folder for <suite>.json, written as soon as a suite has ended"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA device here")
+    if folder := config.getoption("--records"):
+        facts = environment.describe(torch.device(config.getoption("--device")))
+        config.pluginmanager.register(Records(folder, facts), "records")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -64,15 +72,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """The report reads this key; host names and the like, which pytest-benchmark adds, stay in the JSON."""
+    """For a JSON of pytest-benchmark's own (--benchmark-json)."""
     machine_info["measured_on"] = environment.describe(torch.device(config.getoption("--device")))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    modules = {item.path.stem: item.module for item in getattr(terminalreporter.config, "bench_items", ())}
-    for suite, module in modules.items():
-        for name in sorted(getattr(module, "LEFT_OUT", ())):
-            terminalreporter.write_line(f"left out of {suite}, not installed: {name}")
+    items = {item.path: item for item in getattr(terminalreporter.config, "bench_items", ())}
+    for item in items.values():
+        for line in not_installed(item):
+            terminalreporter.write_line(line)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -105,6 +113,8 @@ def timed(
         pytest.skip(why) if contender.role == "peer" else pytest.fail(why, pytrace=False)
     _replay(benchmark, measurement.samples[contender.name].seconds)
     benchmark.extra_info.update(_facts(case, contender, measurement))
+    if records := request.config.pluginmanager.get_plugin("records"):
+        records.add(benchmark)
     return case, contender, measurement
 
 
@@ -119,6 +129,7 @@ def _replay(benchmark, seconds: list[float]) -> None:
 
 def _facts(case: Case, contender: Contender, measurement: Measurement) -> dict[str, object]:
     samples = measurement.samples[contender.name]
+    ours = contender.role == "ours"
     return {
         "op": case.op,
         "case": case.name,
@@ -133,7 +144,7 @@ def _facts(case: Case, contender: Contender, measurement: Measurement) -> dict[s
         "operations": case.operations,
         "ceiling": measurement.ceiling,
         "ratio_to_ceiling": measurement.ratio(contender.name, measurement.ceiling),
-        "target": case.target if contender.role == "ours" else None,
+        **(case.targets() if ours else dict.fromkeys(case.targets())),
         "other_load": round(measurement.other_load, 3),
         "medians": {name: measurement.median(name) for name in measurement.samples},
     }

@@ -49,12 +49,20 @@ class Case:
     contenders: Callable[[str], list[Contender]]  # (device type); must be cheap, names are read at collection
     devices: tuple[str, ...] = ("cpu", "cuda")
     target: float | None = None  # largest accepted ratio of ours to the ceiling
+    # least accepted ratio of a peer's time to ours, and the peer; "": the fastest there is
+    peer_target: tuple[float, str] | None = None
     quick: bool = False  # part of the short run
+    from_memory: bool = False  # on a CPU: among input sets that exceed its cache, as on a GPU always
     gradients: bool = True  # False: prepared and timed under torch.no_grad()
     size: int | None = None  # what the choice between GPU backends goes by: qnkernels.backends.dispatch.SIZES
 
     def __str__(self) -> str:
         return f"{self.op}: {self.name}"
+
+    def targets(self) -> dict[str, float | str | None]:
+        """The columns of a CSV that say what ours should reach."""
+        least, peer = self.peer_target or (None, None)
+        return {"target": self.target, "peer_target": least, "target_peer": peer}
 
 
 @dataclass(frozen=True)
@@ -185,7 +193,7 @@ def interleave(takers: dict[str, Callable[[], float]], quotas: dict[str, int]) -
 def measure(case: Case, device: torch.device, budget: Budget) -> Measurement:
     """Prepare every contender of the case, warm it up, and let them take turns."""
     with _side_stream(device), _no_garbage_collection(), torch.set_grad_enabled(case.gradients):
-        sets = samplers.input_sets(case.moved_bytes, device)
+        sets = samplers.input_sets(case.moved_bytes, device, case.from_memory)
         inputs = [case.inputs(device, index) for index in range(sets)]
         samples, takers, quotas, failures = {}, {}, {}, {}
         contenders = case.contenders(device.type)

@@ -1,8 +1,8 @@
-"""From pytest-benchmark's JSON to CSV rows, and rows to a table of text."""
+"""From the record of a run (bench/records.py) to CSV rows, and rows to a table of text."""
 
 import csv
-import json
-from collections.abc import Iterable
+import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from environment import FIELDS
@@ -10,7 +10,8 @@ from environment import FIELDS
 COLUMNS = (
     *("op", "case", "shape", "size", "dtype", "contender", "role"),
     *("median_s", "q1_s", "q3_s", "min_s", "rounds", "calls", "timer"),
-    *("moved_bytes", "operations", "gb_per_s", "gflop_per_s", "ceiling", "ratio_to_ceiling", "target"),
+    *("moved_bytes", "operations", "gb_per_s", "gflop_per_s", "ceiling", "ratio_to_ceiling"),
+    *("target", "peer_target", "target_peer"),  # as harness.Case has them
     "other_load",
     *FIELDS,
 )
@@ -20,15 +21,10 @@ NOTICEABLE = 0.05
 Row = dict[str, str]
 
 
-def rows_from_json(path: Path) -> dict[str, list[Row]]:
-    """By suite, one row per contender and case. All values are text as the CSV holds it; empty: not known."""
-    recorded = json.loads(path.read_text())
+def rows_from_json(recorded: dict) -> list[Row]:
+    """One row per contender and case. All values are text as the CSV holds it; empty: not known."""
     measured_on = recorded["machine_info"]["measured_on"]
-    found: dict[str, list[Row]] = {}
-    for one in recorded["benchmarks"]:
-        suite = Path(one["fullname"].partition("::")[0]).stem.removeprefix("bench_")
-        found.setdefault(suite, []).append(_row(one["extra_info"], one["stats"], measured_on))
-    return found
+    return [_row(one["extra_info"], one["stats"], measured_on) for one in recorded["benchmarks"]]
 
 
 def _row(facts: dict, stats: dict, measured_on: dict) -> Row:
@@ -41,23 +37,28 @@ def _row(facts: dict, stats: dict, measured_on: dict) -> Row:
         "gflop_per_s": facts["operations"] / seconds / 1e9 or None,
         **measured_on,
     }
-    return {name: _text(values[name]) for name in COLUMNS}
+    return {name: as_text(values[name]) for name in COLUMNS}
 
 
-def _text(value: object) -> str:
+def as_text(value: object) -> str:
     if value is None:
         return ""
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Replace the file in one step, so that an interrupted run leaves the old one."""
+def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue())
+
+
+def replace_file(path: Path, text: str) -> None:
+    """In one step, so that an interrupted run leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    partial.write_text(text)
     partial.replace(path)
 
 
@@ -82,12 +83,35 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def verdict(row: Row) -> str:
-    """How a ratio stands to its target; empty where the row has none."""
+def verdict(row: Row, contenders: Iterable[Row]) -> str:
+    """How a row stands to its targets among the contenders of its case; empty where it has none."""
+    return ", ".join(filter(None, (_to_the_ceiling(row), _to_the_peer(row, contenders))))
+
+
+def _to_the_ceiling(row: Row) -> str:
     if not row["target"] or not row["ratio_to_ceiling"]:
         return ""
-    met = float(row["ratio_to_ceiling"]) <= float(row["target"])
-    return f"{'meets' if met else 'misses'} {row['target']}x"
+    return f"{_met(float(row['ratio_to_ceiling']) <= float(row['target']))} {row['target']}x"
+
+
+def _to_the_peer(row: Row, contenders: Iterable[Row]) -> str:
+    least, name = row.get("peer_target"), row.get("target_peer")
+    if not least:
+        return ""
+    peers = [one for one in contenders if one["contender"] == name or (not name and one["role"] == "peer")]
+    peer = min(peers, key=lambda one: float(one["median_s"]), default=None)
+    if peer is None:
+        return f"{least}x not judged, without {name or 'a peer'}"
+    ratio = float(peer["median_s"]) / float(row["median_s"])
+    return f"{_met(ratio >= float(least))} {least}x {peer['contender']} ({ratio:.2f}x)"
+
+
+def _met(met: bool) -> str:
+    return "meets" if met else "misses"
+
+
+def has_target(row: Row) -> bool:
+    return bool(row["target"] or row.get("peer_target"))
 
 
 def disturbance(row: Row) -> str:
@@ -109,6 +133,6 @@ def table(rows: list[Row]) -> str:
                 rate = f"{float(row['gflop_per_s']):.0f} GFLOP/s"
             lines.append(
                 f"  {row['contender']:20} {row['role']:10} {duration(float(row['median_s'])):>9}"
-                f"  {spread:22} {rate:>14} {ratio:>9}  {verdict(row)}".rstrip()
+                f"  {spread:22} {rate:>14} {ratio:>9}  {verdict(row, contenders)}".rstrip()
             )
     return "\n".join(lines)

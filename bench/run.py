@@ -6,16 +6,19 @@ main shapes only and is shown only, unless --out says where to keep it.
 """
 
 import argparse
+import contextlib
+import json
+import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import processes
 from environment import ROOT, folder_name
 from plot import plot_csv
 from report import Row, rows_from_json, table, write_csv
@@ -27,6 +30,15 @@ ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": s
 BENCH = ROOT / "bench"
 RESULTS = BENCH / "results"
 SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")))
+# Suites that time ops of other names, too.
+SUITE_OPS = {
+    "dynamic_fake_quantize": ("moving_fake_quantize_",),
+    "fake_quantize": ("fake_quantize_backward",),
+    "kmeans": ("kmeans_step",),
+    "minmax": ("histogram_range",),
+    "pq_decode": ("pq_embedding",),
+    "pq_linear": ("pq_linear_backward",),
+}
 
 
 @dataclass
@@ -37,64 +49,87 @@ class Outcome:
     left_out: list[str]  # one line per peer that could not take part
 
 
+def ops_of(suite: str) -> tuple[str, ...]:
+    """The names that a suite stands for; of an op, its own."""
+    return suite, *SUITE_OPS.get(suite, ())
+
+
 def run_suites(
     suites: Sequence[str],
     device: str = "cpu",
     mode: str = "full",
     select: str = "",
     seconds: float | None = None,
-) -> list[Outcome]:
-    """Run bench_<suite>.py of each in one process; rows hold what was measured, also if a contender failed.
+) -> Iterator[Outcome]:
+    """Run bench_<suite>.py of each in one process; what a suite measured comes as soon as it has ended, also
+    if a contender failed.
 
     A suite that fails beside others, or is lost with the process, is run again by itself: an error on a GPU
     spoils all that follows. mode: one of harness.BUDGETS. `select` is pytest's -k expression. After `seconds`
     no other case is started, and past GRACE the run is stopped; both are lines of left_out and no problem.
     """
-    start = time.perf_counter()
-    outcomes = _run_together(suites, device, mode, select, seconds)
-    if len(suites) == 1:
-        return outcomes
-    for index, outcome in enumerate(outcomes):
+    start, again = time.perf_counter(), []
+    for outcome in _run_together(suites, device, mode, select, seconds):
+        if outcome.problem and len(suites) > 1:
+            again.append(outcome)
+        else:
+            yield outcome
+    for outcome in again:
         left = None if seconds is None else seconds - (time.perf_counter() - start)
-        if outcome.problem and (left is None or left > 0):
-            outcomes[index : index + 1] = _run_together([outcome.suite], device, mode, select, left)
-    return outcomes
+        if left is None or left > 0:
+            yield from _run_together([outcome.suite], device, mode, select, left)
+        else:
+            yield outcome
 
 
 def _run_together(
     suites: Sequence[str], device: str, mode: str, select: str, seconds: float | None
-) -> list[Outcome]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "benchmark.json"
-        files = [str(BENCH / f"bench_{suite}.py") for suite in suites]
-        command = [sys.executable, "-m", "pytest", *files, f"--device={device}", f"--benchmark-json={path}"]
-        command += ["-p", "no:cacheprovider", "-rfEs", "--tb=short"]
-        command += [f"--{mode}"] * (mode != "full") + (["-k", select] if select else [])
-        command += [] if seconds is None else [f"--seconds={seconds}"]
-        limit = None if seconds is None else seconds + GRACE
-        options = dict(cwd=ROOT, env=ALLOCATOR | source_tree_env(), capture_output=True, text=True)
+) -> Iterator[Outcome]:
+    limit = math.inf if seconds is None else seconds + GRACE
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = _command(suites, device, mode, select, seconds, folder)
+        with (folder / "output.txt").open("w") as output:
+            options = dict(cwd=ROOT, env=ALLOCATOR | source_tree_env(), stdout=output)
+            process = subprocess.Popen(command, stderr=subprocess.STDOUT, **options)
+        waiting, until, running = list(suites), time.perf_counter() + limit, True
         try:
-            result = subprocess.run(command, timeout=limit, **options)
-        except subprocess.TimeoutExpired:
-            return [Outcome(suite, [], "", [f"left out for want of time: {suite}"]) for suite in suites]
-        rows = rows_from_json(path) if path.exists() and path.stat().st_size else {}
-    output = result.stdout + result.stderr
-    told = {
-        suite: [line for line in output.splitlines() if re.search(rf"\bbench_{suite}\b", line)]
-        for suite in suites
-    }
-    failed = {suite for suite in suites if any(line.startswith(("FAILED", "ERROR")) for line in told[suite])}
-    if result.returncode and not failed:  # nobody is named: a crash
-        failed = set(suites)
-    return [
-        Outcome(
-            suite,
-            rows.get(suite, []),
-            output if suite in failed else "",
-            [line for line in told[suite] if line.startswith(("SKIPPED", "left out"))],
-        )
-        for suite in suites
-    ]
+            while running:
+                running = not _ended(process) and time.perf_counter() < until
+                for suite in [suite for suite in waiting if (folder / f"{suite}.json").exists()]:
+                    waiting.remove(suite)
+                    yield _outcome(suite, folder / f"{suite}.json")
+        finally:
+            code = process.poll()
+            processes.end(process)
+        printed = (folder / "output.txt").read_text(errors="replace")
+    for suite in waiting:
+        if code is None:
+            yield Outcome(suite, [], "", [f"left out for want of time: {suite}"])
+        else:  # a crash, or nothing of it was selected
+            yield Outcome(suite, [], printed if code else "", [])
+
+
+def _command(
+    suites: Sequence[str], device: str, mode: str, select: str, seconds: float | None, folder: Path
+) -> list[str]:
+    files = [str(BENCH / f"bench_{suite}.py") for suite in suites]
+    command = [sys.executable, "-m", "pytest", *files, f"--device={device}", f"--records={folder}"]
+    command += ["-p", "no:cacheprovider", "-rfEs", "--tb=short"]
+    command += [f"--{mode}"] * (mode != "full") + (["-k", select] if select else [])
+    return command if seconds is None else [*command, f"--seconds={seconds}"]
+
+
+def _ended(process: subprocess.Popen) -> bool:
+    """After a moment's wait."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    return process.poll() is not None
+
+
+def _outcome(suite: str, path: Path) -> Outcome:
+    record = json.loads(path.read_text())
+    return Outcome(suite, rows_from_json(record), record["problem"], record["left_out"])
 
 
 def source_tree_env() -> dict[str, str]:
@@ -108,10 +143,9 @@ def source_tree_env() -> dict[str, str]:
 
 
 def keep(outcome: Outcome, out: Path) -> Path:
-    """Write the rows of a run, and their plot, under out/<device>/."""
+    """Write the rows of a run under out/<device>/."""
     path = out / folder_name(outcome.rows[0]["device"]) / f"{outcome.suite}.csv"
     write_csv(path, outcome.rows)
-    plot_csv(path)
     return path
 
 
@@ -154,7 +188,9 @@ def main(arguments: list[str] | None = None) -> int:
         (outcome,) = run_suites([suite], options.device, options.mode, options.select)
         print(table(outcome.rows), *outcome.left_out, sep="\n", flush=True)
         if out is not None and outcome.rows:
-            print(f"written: {keep(outcome, out)}", flush=True)
+            path = keep(outcome, out)
+            plot_csv(path)
+            print(f"written: {path}", flush=True)
         if outcome.problem:
             failed.append(outcome)
     for outcome in failed:

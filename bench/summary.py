@@ -1,27 +1,34 @@
 """What has run where: bench/results/summary.md and, for each device, bench/results/<device>/summary.md.
 
 Everything is read from the CSVs: <suite>.csv of the benchmarks and, for a GPU, ops.csv, which says which op
-passed its tests through which backend. An op that neither holds has never run on a GPU.
+passed its tests through which backend. An op that neither holds has never run on a GPU. How far the kernels
+have moved on since is told by the commits (bench/summary_commits.py).
 """
 
 import csv
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import targets
 from qnkernels.backends.native import CUDA_ARGTYPES
 from qnkernels.ops import OPS
-from report import Row, by_case, duration, read_csv, verdict
+from report import Row, by_case, duration, has_target, read_csv, verdict, write_csv
+from summary_commits import commits_section
 
 TESTED = "ops.csv"
+PASSED = "passed.json"  # which steps of bench/gpu_suite.py passed at which commit
 EXPERIMENTS = "experiments"  # what `qnkernels demo --experiment` found
 TESTED_COLUMNS = ("op", "backend", "passed", "failed", "device", "commit", "date")
+COUNTED = "A pass or a time on any GPU at any commit counts; what has changed since is said under each GPU."
 # The ops that each GPU backend has. Triton has them all; a compiled kernel exists where it may win.
 GPU_BACKENDS = {"triton": OPS, "cuda": tuple(CUDA_ARGTYPES)}
 
 
 def benchmarks(folder: Path) -> dict[str, list[Row]]:
     """Rows of each suite of one device."""
-    return {path.stem: read_csv(path) for path in sorted(folder.glob("*.csv")) if path.name != TESTED}
+    paths = (path for path in sorted(folder.glob("*.csv")) if path.name != TESTED)
+    return {path.stem: targets.fill(path.stem, read_csv(path)) for path in paths}
 
 
 def tested(folder: Path) -> list[dict[str, str]]:
@@ -32,14 +39,16 @@ def tested(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def passed_steps(folder: Path) -> dict[str, dict]:
+    """By step, the commit, the date and the number of tests that passed."""
+    path = folder / PASSED
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def update_tested(folder: Path, rows: Iterable[dict]) -> None:
     """Put these rows into the device's ops.csv, in place of older ones for the same op and backend."""
     merged = {(row["op"], row["backend"]): row for row in [*tested(folder), *rows]}
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / TESTED).open("w", newline="") as file:
-        writer = csv.DictWriter(file, TESTED_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged[key] for key in sorted(merged))
+    write_csv(folder / TESTED, [merged[key] for key in sorted(merged)], TESTED_COLUMNS)
 
 
 def ran_on_gpu(results: Path) -> set[tuple[str, str]]:
@@ -66,9 +75,9 @@ def device_folders(results: Path) -> list[Path]:
 
 def never_run_section(results: Path) -> list[str]:
     missing = never_run(results)
+    lines = ["## Never run on a GPU", "", COUNTED, ""]
     if not missing:
-        return ["## Never run on a GPU", "", "Every op of every GPU backend has run."]
-    lines = ["## Never run on a GPU", ""]
+        return [*lines, "Every op of every GPU backend has run."]
     for name in GPU_BACKENDS:
         ops = [f"`{op}`" for op, backend in missing if backend == name]
         if ops:
@@ -76,27 +85,32 @@ def never_run_section(results: Path) -> list[str]:
     return lines
 
 
-def ratio_table(rows: list[Row]) -> list[str]:
-    """Markdown: ours and the best peer of each case, with ratios to the ceiling."""
+def ratio_table(rows: list[Row], fastest: bool = False) -> list[str]:
+    """Markdown: ours, or the fastest of ours, and the best peer of each case, with ratios to the ceiling."""
     lines = [
         "| case | ours | time | to ceiling | ceiling | best peer | peer / ours | target |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case, contenders in by_case(rows).items():
-        peers = [row for row in contenders if row["role"] == "peer"]
-        best = min(peers, key=lambda row: float(row["median_s"]), default=None)
-        for row in contenders:
-            if row["role"] == "ours":
-                lines.append(_ratio_line(case, row, best))
+        ours, peers = ([row for row in contenders if row["role"] == role] for role in ("ours", "peer"))
+        best = min(peers, key=_seconds, default=None)
+        if fastest:
+            backends = [row for row in ours if row["contender"] in ("cpu", *GPU_BACKENDS)]
+            ours = sorted(backends or ours, key=_seconds)[:1]
+        lines += [_ratio_line(case, row, best, verdict(row, contenders)) for row in ours]
     return lines if len(lines) > 2 else []
 
 
-def _ratio_line(case: str, row: Row, best: Row | None) -> str:
+def _seconds(row: Row) -> float:
+    return float(row["median_s"])
+
+
+def _ratio_line(case: str, row: Row, best: Row | None, stands: str) -> str:
     seconds = float(row["median_s"])
     ratio = f"{float(row['ratio_to_ceiling']):.2f}x" if row["ratio_to_ceiling"] else ""
     peer = f"{best['contender']} {duration(float(best['median_s']))}" if best else ""
     gain = f"{float(best['median_s']) / seconds:.2f}x" if best else ""
-    cells = (case, row["contender"], duration(seconds), ratio, row["ceiling"], peer, gain, verdict(row))
+    cells = (case, row["contender"], duration(seconds), ratio, row["ceiling"], peer, gain, stands)
     return "| " + " | ".join(cells) + " |"
 
 
@@ -108,7 +122,10 @@ def device_summary(folder: Path, results: Path, quick: bool = False) -> str:
     lines = [f"# {facts['device']}", ""]
     if quick:
         lines += ["Short run: the main shapes only, few rounds.", ""]
-    lines += [_stack(facts), "", *_ceilings(suites.get("ceilings", [])), *_tests(tested(folder))]
+    lines += [_stack(facts), ""]
+    if facts.get("cuda"):
+        lines += [*commits_section(suites, tested(folder), passed_steps(folder)), ""]
+    lines += [*_ceilings(suites.get("ceilings", [])), *_tests(tested(folder))]
     for suite, found in suites.items():
         if section := ratio_table(found):
             lines += [f"## {suite}", "", *section, "", f"![{suite}]({suite}.png)", ""]
@@ -145,12 +162,16 @@ def _tests(rows: list[dict[str, str]]) -> list[str]:
 def overall_summary(results: Path) -> str:
     """Markdown over all devices: where results are, how the targets stand, what has never run on a GPU."""
     lines = ["# Results", "", "Written by `python bench/gpu_suite.py --summary-only`.", ""]
+    lines += [
+        "Targets stand beside the fastest backend of each case: the largest accepted ratio of its time to"
+    ]
+    lines += ["the ceiling's, or how many times as fast as a peer it should be.", ""]
     for folder in device_folders(results):
         lines += [f"- [{folder.name}]({folder.name}/summary.md)"]
     for folder in device_folders(results):
         rows = [row for found in benchmarks(folder).values() for row in found]
-        targets = {row["case"] for row in rows if row["target"]}
-        if section := ratio_table([row for row in rows if row["case"] in targets]):
+        judged = {row["case"] for row in rows if has_target(row)}
+        if section := ratio_table([row for row in rows if row["case"] in judged], fastest=True):
             lines += ["", f"## Targets on {rows[0]['device']}", "", *section]
     return "\n".join([*lines, "", *never_run_section(results), ""])
 

@@ -145,6 +145,31 @@ def test_a_gpu_rotates_among_more_inputs_than_its_cache_holds(monkeypatch):
     assert samplers.input_sets(100, CPU) == 1
 
 
+def test_a_cpu_rotates_where_inputs_come_from_memory(monkeypatch, tmp_path):
+    for index, size in enumerate(("32K", "1024K", "32768K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    monkeypatch.setattr(samplers, "CACHES", tmp_path)
+    assert samplers.input_sets(16 * 2**20, CPU) == 1
+    assert samplers.input_sets(16 * 2**20, CPU, from_memory=True) == 6
+    monkeypatch.setattr(samplers, "CACHES", tmp_path / "absent")
+    assert samplers.last_level_cache() == 64 * 2**20
+
+
+def test_samples_from_memory_take_the_input_sets_in_turn():
+    seen = []
+    runs = [partial(seen.append, index) for index in range(3)]
+    sample, calls, _ = samplers.sampler(runs, 1e-9, CPU, capture=False)
+    seen.clear()
+    sample()
+    sample()
+    assert calls == 1 and len(set(seen)) == 2
+    sample, calls, _ = samplers.sampler(runs, 1e-4, CPU, capture=False)
+    seen.clear()
+    sample()
+    assert calls > 3 and all((late - early) % 3 == 1 for early, late in itertools.pairwise(seen))
+
+
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.__name__)
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_every_case_has_one_ceiling_and_distinct_contenders(suite, device_type):
@@ -219,3 +244,45 @@ def test_a_graph_keeps_what_it_reads(monkeypatch):
     assert sample() > 0 and alive() is not None
     del sample
     assert alive() is None
+
+
+CUBLAS = "F.linear bf16"
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "least", "peer"),
+    [
+        ("pq_linear", "batch 1 8192x8192 d=8 K=256 bfloat16", 5.0, CUBLAS),
+        ("pq_linear", "batch 16 8192x8192 d=8 K=256 bfloat16", 3.0, CUBLAS),
+        ("pq_linear", "batch 256 8192x8192 d=8 K=256 bfloat16", 1.0, CUBLAS),
+        ("pq_linear", "batch 4096 8192x8192 d=8 K=256 bfloat16", 0.85, CUBLAS),
+        ("int_linear", "weight-only int8 bf16, 8192x8192 batch 1", 1.8, CUBLAS),
+        ("int_linear", "weight-only int8 bf16, 8192x8192 batch 16", 1.8, CUBLAS),
+        ("int_linear", "weight-only int8 bf16, 8192x8192 batch 4096", 0.95, CUBLAS),
+        ("int_linear", "weight-only int4 bf16, 8192x8192 batch 1", 3.0, CUBLAS),
+        ("int_linear", "weight-only int4 bf16, 8192x8192 batch 16", 3.0, CUBLAS),
+        ("int_linear", "weight-only int4 bf16, 8192x8192 batch 256", 1.0, CUBLAS),
+        ("kmeans_step", "step 2097152x8 in 256", 5.0, ""),
+        ("kmeans", "5 steps 2097152x8 in 256", 5.0, ""),
+        ("block_noise", "zero 8192x8192 float32 block 8 p=0.1", 0.9, "copy_"),
+        ("block_noise", "zero 8192x8192 bfloat16 block 8 p=0.1", 0.9, "copy_"),
+        ("block_noise", "mean 8192x8192 float32 block 8 p=0.1", 0.9, "copy_"),
+        ("block_noise", "mean 8192x8192 bfloat16 block 8 p=0.1", 0.9, "copy_"),
+    ],
+)
+def test_targets_on_a_gpu(op, name, least, peer):
+    """How many times as fast as a peer or as the ceiling, whose target is the largest ratio to it."""
+    cases = (case for suite in SUITES for case in suite.CASES if "cuda" in case.devices)
+    (case,) = (case for case in cases if (case.op, case.name) == (op, name))
+    roles = {one.name: one.role for one in case.contenders("cuda")}
+    if case.target is not None:
+        assert roles[peer] == "ceiling" and 1 / case.target == pytest.approx(least) and not case.peer_target
+    else:
+        assert case.peer_target == (least, peer)
+        assert roles[peer] == "peer" if peer else "peer" in roles.values()
+    assert case.quick or "4096" in name or "int4" in name  # a short run judges the rest
+
+
+def test_targets_on_a_processor_are_relative_to_the_ceiling():
+    cases = [case for suite in SUITES for case in suite.CASES if case.devices == ("cpu",)]
+    assert any(case.target for case in cases) and not any(case.peer_target for case in cases)

@@ -87,7 +87,10 @@ def test_int_linear_of_a_layer(device, backend, dtype, bits, m):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("m", [1, 3, 16, 17, 64, 300])
-@pytest.mark.parametrize(("n", "k", "groups"), [(8192, 8192, 1), (8200, 1024, 8), (1016, 4096, 32)])
+@pytest.mark.parametrize(
+    ("n", "k", "groups"),
+    [pytest.param(8192, 8192, 1, marks=pytest.mark.large), (8200, 1024, 8), (1016, 4096, 32)],
+)
 def test_int_linear_of_a_large_layer(device, backend, dtype, bits, m, n, k, groups):
     """Enough outputs for every multiprocessor, with wgmma and without."""
     generator = torch.Generator().manual_seed(m + bits + n)

@@ -62,6 +62,13 @@ inline Vec load(const uint16_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(words))};
 }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+// Rounded to bf16 in the upper halves; NaN may become infinity.
+inline __m512i round_upper(Vec a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i to_even = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(to_even, odd, bits, _mm512_set1_epi32(0x8000));
+}
 // Where the upper halves of the 32 lanes of two vectors are, in halves.
 inline __m512i upper_halves() {
     const auto pair = [](int first) { return first + 1 + ((first + 3) << 16); };
@@ -70,13 +77,27 @@ inline __m512i upper_halves() {
 }
 inline void store(bf16* p, Vec a) {
     const __m512i bits = _mm512_castps_si512(a.v);
-    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-    const __m512i to_even = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-    const __m512i rounded = _mm512_mask_add_epi32(to_even, odd, bits, _mm512_set1_epi32(0x8000));
-    const __m512i kept = _mm512_mask_or_epi32(rounded, is_nan(a), bits, _mm512_set1_epi32(0x400000));
+    const __m512i kept = _mm512_mask_or_epi32(round_upper(a), is_nan(a), bits, _mm512_set1_epi32(0x400000));
     const __m512i halves = _mm512_permutexvar_epi16(upper_halves(), kept);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(halves));
 }
+
+// 32 values of bf16 as two vectors, those at even places and those at odd ones: no halves move between lanes.
+struct Pairs {
+    __m512i bits;
+
+    Vec even() const { return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))}; }
+    Vec odd() const { return {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-0x10000)))}; }
+};
+inline Pairs load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_pairs(bf16* p, Pairs a) { _mm512_storeu_si512(p, a.bits); }
+inline Pairs select(uint32_t bits, Pairs yes, Pairs no) { return {_mm512_mask_mov_epi16(no.bits, bits, yes.bits)}; }
+// No value is NaN.
+inline Pairs round_pairs(Vec even, Vec odd) {
+    constexpr __mmask32 kUpper = 0xaaaaaaaa;
+    return {_mm512_mask_mov_epi16(_mm512_srli_epi32(round_upper(even), 16), kUpper, round_upper(odd))};
+}
+
 inline void store(f16* p, Vec a) {
     const __m256i half = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);

@@ -99,6 +99,24 @@ inline uint64_t mask_at(Noise& noise, int64_t i) {
     return bits;
 }
 
+// y [64] <- x [64] noised where `bits` say so, if all lie well inside the range; else false, and y is as it was.
+#if defined(__AVX512F__)
+inline __attribute__((always_inline)) bool inside_pairs(const bf16* x, bf16* y, const Nearest<true>& nearest, float inner,
+                                                        uint64_t bits) {
+    const Pairs low = load_pairs(x), high = load_pairs(x + 32);
+    Vec level[kBatch] = {low.even(), low.odd(), high.even(), high.odd()};
+    if (__builtin_expect(any_reaches(level, inner), 0)) return false;
+    nearest.apply<true>(level);
+    store_pairs(y, select(static_cast<uint32_t>(bits), round_pairs(level[0], level[1]), low));
+    store_pairs(y + 32, select(static_cast<uint32_t>(bits >> 32), round_pairs(level[2], level[3]), high));
+    return true;
+}
+#endif
+template <typename... Any>
+inline bool inside_pairs(const Any&...) {
+    return false;
+}
+
 // Marked: returns whether any of the values lies outside the range.
 template <bool Fast, bool Marked, typename In, typename Out>
 bool forward_run(const In* x, Out* y, int64_t first, int64_t count, const Affine& q, float top, Noise& noise) {
@@ -109,6 +127,7 @@ bool forward_run(const In* x, Out* y, int64_t first, int64_t count, const Affine
         Vec value[size], level[size];
         prefetch(x + i, size * kLanes);
         prefetch(y + i, size * kLanes);
+        if (size == kBatch && inside_pairs(x + i, y + i, nearest, inner, bits)) return;
         each<size>([&](int v) { level[v] = value[v] = load_first(x + i + v * kLanes, lanes); });
         if (!Fast || __builtin_expect(any_reaches(value, inner), 0)) {
             if (Marked) each<size>([&](int v) { extent.see(value[v], lanes); });

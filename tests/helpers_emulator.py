@@ -2,8 +2,8 @@
 
 `emulated("fake_quantize")["fake_quantize"](x, ...)` has the signature of the reference. Each call runs in
 three orders of the threads, with every tensor between pages that may not be touched, and raises where the
-orders disagree (a barrier is missing), an access is out of bounds or misaligned, an argument is written, or
-threads wait for each other forever.
+orders disagree (a barrier is missing), an access is out of bounds or misaligned, an argument is written,
+threads wait for each other forever, or a launch writes an element twice of what it finds unwritten.
 """
 
 import atexit
@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,6 +42,12 @@ KERNEL_FLAGS = ("-O1", "-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize
 ALIGNED = 64  # bytes; torch aligns no less
 # orders of threads (lowest first, highest first, shuffled), and whether tensors end or start at a guard page
 RUNS = ((0, False), (1, True), (2, True))
+TRACKED_ORDER = 0  # in which writes are tracked: one is enough, and another would find the same
+MOST_TRACKED = 1 << 16  # bytes of a tensor whose writes are tracked
+TYPES = {  # in the names of kernels
+    **{torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"},
+    **{torch.uint8: "unsigned char", torch.uint16: "unsigned short"},
+}
 
 # Workers of one run of the tests share what they compile (conftest.py).
 _folder = Path(os.environ.get("QNKERNELS_EMULATED") or tempfile.mkdtemp(prefix="emulated-"))
@@ -74,6 +81,8 @@ def library(*sources: Path) -> ctypes.CDLL:
     loaded.qnk_emulator_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
     loaded.qnk_emulator_allocate.restype = ctypes.c_void_p
     loaded.qnk_emulator_free.argtypes = [ctypes.c_void_p]
+    loaded.qnk_emulator_track.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    loaded.qnk_emulator_launches.restype = ctypes.POINTER(_Launch)
     loaded.qnk_cuda_last_error.restype = ctypes.c_char_p
     return loaded
 
@@ -91,12 +100,43 @@ def explain(message: str, path: str) -> str:
     return message
 
 
-class Memory(TorchDispatchMode):
-    """Inside, new tensors lie between guard pages, and those without values hold NaN."""
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        *(("kernel", ctypes.c_uint64), ("grid", ctypes.c_uint32 * 3), ("threads", ctypes.c_uint32)),
+        ("shared_bytes", ctypes.c_uint64),
+    )
 
-    def __init__(self, library: ctypes.CDLL, alignment: int, at_end: bool) -> None:
+
+@dataclass
+class Launch:
+    kernel: str  # "int_linear_few_kernel<bf16, 4, 2, 4, 1, 8, false>"
+    grid: tuple[int, int, int]
+    threads: int  # of a block
+    shared_bytes: int  # dynamic
+
+
+@functools.cache
+def _functions(path: str) -> dict[int, str]:
+    """Those of a library, by offset, without their namespaces and parameters."""
+    command = ["nm", "-C", "--defined-only", path]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = {}
+    for line in symbols.splitlines():
+        offset, _, name = line.split(" ", 2)
+        name = re.sub(r"(\(anonymous namespace\)|\w+)::", "", name).removeprefix("void ")
+        names[int(offset, 16)] = name.split("(")[0].replace(" >", ">")
+    return names
+
+
+class Memory(TorchDispatchMode):
+    """Inside, new tensors lie between guard pages, and those without values hold NaN.
+
+    tracked: and a launch may write each element of these once.
+    """
+
+    def __init__(self, library: ctypes.CDLL, at_end: bool, tracked: bool, alignment: int) -> None:
         super().__init__()
-        self._library, self._alignment, self._at_end = library, alignment, at_end
+        self._library, self._at_end, self._tracked, self.alignment = library, at_end, tracked, alignment
         self._pointers: list[int] = []
 
     def guarded(self, tensor: torch.Tensor, fill: bool = True) -> torch.Tensor:
@@ -104,13 +144,16 @@ class Memory(TorchDispatchMode):
         size = tensor.numel() * tensor.element_size()
         if size == 0:
             return tensor
-        alignment = max(self._alignment, tensor.element_size())
+        alignment = max(self.alignment, tensor.element_size())
         pointer = self._library.qnk_emulator_allocate(size, alignment, self._at_end)
         self._pointers.append(pointer)
         raw = torch.frombuffer((ctypes.c_uint8 * size).from_address(pointer), dtype=torch.uint8)
         copy = raw.view(tensor.dtype).view(tensor.shape)
         if fill:
             copy.copy_(tensor)
+        elif self._tracked and size <= MOST_TRACKED:
+            name = f"a {tensor.dtype} {list(tensor.shape)}"
+            self._library.qnk_emulator_track(pointer, tensor.element_size(), name.encode())
         return copy
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -136,7 +179,7 @@ class EmulatedKernels(CudaKernels):
         functions = argtypes | CUDA_QUERIES
         present = {name: types for name, types in functions.items() if hasattr(loaded, f"qnk_cuda_{name}")}
         super().__init__(declare(loaded, "cuda", present), loaded.qnk_cuda_last_error)
-        self.library, self.alignment = loaded, ALIGNED
+        self.library, self.alignment, self.alignment_of_new = loaded, ALIGNED, ALIGNED
         self.ops = (*(name for name in present if name in argtypes), "fake_quantize_marked")
 
     def _launch(self, name: str, device: torch.device, *arguments) -> None:
@@ -161,9 +204,11 @@ class EmulatedKernels(CudaKernels):
         """One op in every order; its result if they agree."""
         results = []
         for order, at_end in RUNS:
-            memory = Memory(self.library, self.alignment, at_end)
+            memory = Memory(self.library, at_end, order == TRACKED_ORDER, self.alignment)
             copies = tree_map_only(torch.Tensor, memory.guarded, (arguments, keywords))
+            memory.alignment = self.alignment_of_new
             self.library.qnk_emulator_schedule(order, order)
+            self.library.qnk_emulator_forget_launches()
             try:
                 with memory:
                     result = getattr(self, op)(*copies[0], **copies[1])
@@ -200,14 +245,17 @@ def emulated(*names: str) -> dict[str, Callable]:
 
 
 @contextlib.contextmanager
-def alignment(size: int, *names: str) -> Iterator[None]:
-    """Tensors of the kernels of `names` start at multiples of `size` bytes and, below 64, of no more."""
+def alignment(size: int, *names: str, of_new: int | None = None) -> Iterator[None]:
+    """Tensors of the kernels of `names` start at multiples of `size` bytes and, below 64, of no more.
+
+    of_new: the same of those that the ops make, where it is another.
+    """
     kernels = _kernels(*names)
-    kernels.alignment = size
+    kernels.alignment, kernels.alignment_of_new = size, size if of_new is None else of_new
     try:
         yield
     finally:
-        kernels.alignment = ALIGNED
+        kernels.alignment = kernels.alignment_of_new = ALIGNED
 
 
 @contextlib.contextmanager
@@ -221,9 +269,17 @@ def processors(count: int, *names: str) -> Iterator[None]:
         loaded.qnk_emulator_processors(3)
 
 
+def launches(*names: str) -> list[Launch]:
+    """What the last op of the kernels of `names` has launched."""
+    loaded, count = _kernels(*names).library, ctypes.c_size_t()
+    found = loaded.qnk_emulator_launches(ctypes.byref(count))[: count.value]
+    functions = _functions(loaded._name)
+    return [Launch(functions[one.kernel], tuple(one.grid), one.threads, one.shared_bytes) for one in found]
+
+
 @contextlib.contextmanager
 def capability(tens: int, *names: str) -> Iterator[None]:
-    """A device of compute capability tens / 10: 80, as otherwise, or 90. Launchers choose by it."""
+    """A device of compute capability tens / 10 (8.0 otherwise), with its shared memory."""
     loaded = _kernels(*names).library
     loaded.qnk_emulator_capability(tens)
     try:
@@ -250,10 +306,10 @@ def warpgroup_products(*names: str) -> int:
 
 @contextlib.contextmanager
 def shared_memory(size: int, *names: str) -> Iterator[None]:
-    """A device whose blocks may have `size` bytes of shared memory (227 KiB otherwise)."""
+    """A device whose blocks may have `size` bytes of shared memory, whatever its compute capability."""
     loaded = _kernels(*names).library
     loaded.qnk_emulator_shared_memory(size)
     try:
         yield
     finally:
-        loaded.qnk_emulator_shared_memory(227 * 1024)
+        loaded.qnk_emulator_shared_memory(0)

@@ -27,7 +27,7 @@ def fake_quantize() -> Calls:
         cases.append((torch.empty(shape, dtype=dtype), other, 0, p))
     cases += [(torch.empty(shape), F32, axis, 1.0) for shape, axis in ((square, None), (square, 0), (odd, 0))]
     cases += [(torch.empty(2, 4096, dtype=dtype), dtype, 0, p) for dtype, p in product(FLOATS, (0.1, 0.5))]
-    cases += [(_misaligned(square, dtype), dtype, 0, 0.5) for dtype in FLOATS]
+    cases += [(misaligned(square, dtype), dtype, 0, 0.5) for dtype in FLOATS]
     # indices of 64 bits; the memory is reserved, not touched
     huge = torch.empty(8, 2**28 + 1, dtype=BF16)
     cases += [(huge, BF16, axis, p) for axis, p in product((None, 0), (0.1, 0.5))]
@@ -69,7 +69,7 @@ def block_noise() -> Calls:
     for dtype, other in product(FLOATS, FLOATS):
         yield "block_noise", (torch.empty(16, 8, dtype=dtype), 8, 0.1, SEED, "mean", True, other)
     for dtype in FLOATS:
-        yield "block_noise", (_misaligned((16, 8), dtype), 8, 0.1, SEED, "zero", True, dtype)
+        yield "block_noise", (misaligned((16, 8), dtype), 8, 0.1, SEED, "zero", True, dtype)
 
 
 def centroid_noise() -> Calls:
@@ -191,7 +191,7 @@ def product_layers() -> Calls:
         yield "pq_linear", (torch.empty(m, 512, dtype=BF16), codes, codebook, torch.empty(1 << 16))
 
 
-def _misaligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def misaligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """A contiguous tensor whose address is not a multiple of 16 bytes."""
     return torch.empty(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
 

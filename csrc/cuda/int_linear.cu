@@ -19,7 +19,7 @@
 //   where groups are of 128 columns, of which tensor cores wait 10 % for sums to be taken over: 1.1 times as much
 // Registers, shared memory and blocks of a multiprocessor on sm_90a, bf16 or f16, int8 / int4, by outputs of a block:
 //   few, 16: 86 / 92 (by groups 112 / 119), 16 / 32 KiB, 4;  32: 124 / 118 (128), 32 / 64 KiB, 2;  64: 202 / 208 (251
-//   / 254), 64 / 128 KiB, 1
+//   / 254), 64 / 128 KiB (64 with four warps, for devices of less), 1
 //   tiles, 64 rows: 126 / 126, 64 / 48 KiB, 2;  128 rows: 254 / 244, 96 / 80 KiB, 1
 //   warpgroups: 234 / 217, 65 KiB, 1
 #include "cuda/int_linear.h"
@@ -49,7 +49,14 @@ Plan split(Plan plan, int64_t blocks, int blocks_each, int64_t turns) {
 
 // Steps of a turn and warps of a block of the few-rows kernel: enough of the weight on its way, by one block or several.
 constexpr int few_run(int outputs) { return outputs == 16 ? 4 : outputs == 32 ? 2 : 1; }
-int few_warps(int64_t blocks, int outputs) { return outputs == 16 && blocks >= 3 * processors() ? 4 : 8; }
+constexpr int kFewSharedOfAll = 99 * 1024;  // bytes that a block may have on every device: that of 8.6 and 8.9
+
+// Four warps where eight would need more shared memory than the device has for a block: 128 KiB, for codes of 4 bits
+// and x of 16 bits in 9 to 16 rows, or of fp32. (Not measured: no device of that kind was at hand.)
+int few_warps(int64_t blocks, int outputs, int rows, int bits, int x_size) {
+    if (outputs == 16 && blocks >= 3 * processors()) return 4;
+    return few_shared(x_size, bits, rows / 8, outputs, 8) <= shared_memory_limit() ? 8 : 4;
+}
 
 // aligned: x and weight start at multiples of 16 bytes.
 Plan plan_for(int64_t m, int64_t n, int64_t k, int64_t groups, int bits, size_t x_size, bool aligned) {
@@ -59,10 +66,11 @@ Plan plan_for(int64_t m, int64_t n, int64_t k, int64_t groups, int bits, size_t 
     if (!aligned || !whole || group % kUnit != 0) return {Kernel::General, 0, 0, 1, 1};
     if (m <= kFewRows && group % few_step == 0 && k < 1 << 28) {
         // more outputs to a block where x is larger, as every block reads all of x
-        const int outputs = m <= 2 ? 16 : m <= 8 || x_size == 4 ? 32 : 64;
-        const Plan plan{Kernel::Few, outputs, m <= 8 ? 8 : 16, 1, 1};
-        const int64_t blocks = ceil_div(n, outputs), columns = few_run(outputs) * few_step * few_warps(blocks, outputs);
-        return split(plan, blocks, kFewBlocks, ceil_div(k, columns));
+        const int outputs = m <= 2 ? 16 : m <= 8 || x_size == 4 ? 32 : 64, rows = m <= 8 ? 8 : 16;
+        const int64_t blocks = ceil_div(n, outputs);
+        const Plan plan{Kernel::Few, outputs, rows, 1, 1,
+                        few_warps(blocks, outputs, rows, bits, static_cast<int>(x_size))};
+        return split(plan, blocks, kFewBlocks, ceil_div(k, few_run(outputs) * few_step * plan.warps));
     }
     if (m >= kWarpgroupRows && x_size == 2 && group % 64 == 0 && has_wgmma()) {
         const Plan plan{Kernel::Warpgroups, 128, 128, 1, 1};
@@ -80,6 +88,14 @@ cudaError_t launch_few(const Plan& plan, const IntLinear& a, cudaStream_t stream
     const auto kernel = a.groups > 1 ? int_linear_few_kernel<T, Bits, Rows / 8, Outputs / 16, kRun, Warps, true>
                                      : int_linear_few_kernel<T, Bits, Rows / 8, Outputs / 16, kRun, Warps, false>;
     return launch(kernel, grid, F::kThreads, F::kShared, stream, a);
+}
+
+// Blocks of 16 outputs have a form of four warps for devices that are full; others where eight do not fit all devices.
+template <typename T, int Bits, int Rows, int Outputs>
+cudaError_t launch_few(const Plan& plan, const IntLinear& a, cudaStream_t stream) {
+    if constexpr (Outputs == 16 || few_shared(sizeof(T), Bits, Rows / 8, Outputs, 8) > kFewSharedOfAll)
+        if (plan.warps == 4) return launch_few<T, Bits, Rows, Outputs, 4>(plan, a, stream);
+    return launch_few<T, Bits, Rows, Outputs, 8>(plan, a, stream);
 }
 
 template <typename T, int Bits, int WarpRows>
@@ -113,10 +129,9 @@ cudaError_t launch_plan(const Plan& plan, const IntLinear& a, cudaStream_t strea
     if (plan.kernel == Kernel::Tiles)
         return plan.rows == 64 ? launch_tiles<T, Bits, 1>(plan, a, stream)
                                : launch_tiles<T, Bits, kPieces ? 1 : 2>(plan, a, stream);
-    if (plan.rows == 16) return launch_few<T, Bits, 16, kPieces ? 32 : 64, 8>(plan, a, stream);
-    if (plan.outputs == 32) return launch_few<T, Bits, 8, 32, 8>(plan, a, stream);
-    return few_warps(ceil_div(a.n, 16), 16) == 4 ? launch_few<T, Bits, 8, 16, 4>(plan, a, stream)
-                                                 : launch_few<T, Bits, 8, 16, 8>(plan, a, stream);
+    if (plan.rows == 16) return launch_few<T, Bits, 16, kPieces ? 32 : 64>(plan, a, stream);
+    return plan.outputs == 32 ? launch_few<T, Bits, 8, 32>(plan, a, stream)
+                              : launch_few<T, Bits, 8, 16>(plan, a, stream);
 }
 
 template <typename T>

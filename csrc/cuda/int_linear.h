@@ -71,6 +71,7 @@ struct Plan {
     int rows;       // of x, of a block
     int64_t parts;  // into which the loop over columns is cut, where the blocks are too few for the device
     int64_t turns;  // of that loop, in each part
+    int warps = 0;  // of a block of the kernel for few rows
 };
 
 constexpr int kFewRows = 16;  // of x, at most, that wait for the weight

@@ -12,6 +12,16 @@
 
 namespace qnk {
 
+constexpr int few_ahead_of_x(int x_size, int octets) { return x_size == 4 && octets == 2 ? 2 : 4; }
+
+// Bytes of shared memory of a block: x of the steps ahead or, at the end, the sums of all warps. x_size: bytes of an
+// element of x; octets: of rows of x.
+constexpr int few_shared(int x_size, int bits, int octets, int outputs, int warps) {
+    const int pieces = octets * (16 / bits) * (x_size / 2);
+    const int ring = few_ahead_of_x(x_size, octets) * pieces * warps * 32 * 16, sums = warps * octets * 8 * outputs * 4;
+    return ring > sums ? ring : sums;
+}
+
 template <typename T, int Bits, int Octets, int Tiles, int Run, int Warps>
 struct Few {
     static constexpr int kThreads = 32 * Warps, kOutputs = 16 * Tiles, kRows = 8 * Octets;
@@ -19,9 +29,8 @@ struct Few {
     static constexpr int kStep = 4 * kColumns;   // columns; a group is whole steps
     static constexpr int kUnits = kColumns / 8;  // of 8 columns of a lane
     static constexpr int kPerUnit = sizeof(T) / 2, kPieces = Octets * kUnits * kPerUnit;  // 16-byte pieces of x
-    static constexpr int kAheadX = sizeof(T) == 4 && Octets == 2 ? 2 : 4, kPhases = kAheadX / Run;
-    static constexpr int kRing = kAheadX * kPieces * kThreads * 16, kSums = Warps * kRows * kOutputs * 4;  // bytes
-    static constexpr int kShared = kRing > kSums ? kRing : kSums;
+    static constexpr int kAheadX = few_ahead_of_x(sizeof(T), Octets), kPhases = kAheadX / Run;
+    static constexpr int kShared = few_shared(sizeof(T), Bits, Octets, kOutputs, Warps);
     static constexpr int kBlocks = sizeof(T) == 4 || Octets == 2 ? 1 : 512 / kThreads;  // of a multiprocessor
 };
 

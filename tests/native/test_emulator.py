@@ -17,6 +17,18 @@ class Cases(EmulatedKernels):
         self._launch(name, x.device, x.data_ptr(), y.data_ptr(), n)
         return y
 
+    def in_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """x + 1 by two launches, of which the second reads what the first has written."""
+        n, parts, y = len(x), torch.empty(2, len(x)), torch.empty(len(x))
+        self._launch("writes_parts", x.device, x.data_ptr(), parts.data_ptr(), n)
+        self._launch("adds_parts", x.device, parts.data_ptr(), y.data_ptr(), n)
+        return y
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(1, dtype=torch.int32)
+        self._launch("adds_itself", x.device, x.data_ptr(), total.data_ptr(), len(x))
+        return total
+
     def warpgroup(self, name: str, operands: torch.Tensor, threads: int = 128) -> torch.Tensor:
         y = torch.empty(64, 64)
         self._launch(name, y.device, operands.data_ptr(), y.data_ptr(), threads)
@@ -111,6 +123,12 @@ def test_products_of_8_bits(name, low, high):
         ("write_past_the_end", r"past the end of an array of 384 bytes|beside a tensor"),
         ("read_before_the_start", r"thread \(0, 0, 0\): -?4 bytes before .* at .*cases\.cu:\d+"),
         ("misaligned", r"misaligned access .*cases\.cu:\d+"),
+        (
+            "written_twice",
+            r"thread \(95, 0, 0\): writes element 3 of a torch\.float32 \[96\], "
+            r"which block \(0, 0, 0\), thread \(3, 0, 0\) has written",
+        ),
+        ("written_on_both_sides_of_a_barrier", r"thread \(3, 0, 0\): writes element 3 of .* \(3, 0, 0\) has"),
         ("writes_its_input", "writes an argument"),
         ("shared_past_the_end", r"past the end of an array of 384 bytes|beside its dynamic shared"),
         ("missing_barrier", "depends on the order of the threads"),
@@ -136,6 +154,12 @@ def test_mistakes_are_found(name, words):
     with pytest.raises((RuntimeError, AssertionError), match=words):
         run(name, X)
     assert torch.equal(run("reversed", X), X.flip(0)), "the emulator works on after a failure"
+
+
+def test_what_may_be_written_again():
+    """What another launch has written, and zeros, to which kernels add."""
+    assert torch.equal(cases().run("in_parts", X), X + 1)
+    assert cases().run("added", torch.arange(96.0)) == 95 * 48
 
 
 def warpgroup_operands(dtype):
@@ -197,3 +221,32 @@ def test_impossible_launches_are_refused():
     for n in (0, 1025):
         with pytest.raises(RuntimeError, match="launch refused: a block of"):
             run("sum", torch.zeros(1), n)
+
+
+@pytest.mark.parametrize(
+    ("tens", "most"), [(80, 163), (86, 99), (87, 163), (89, 99), (90, 227), (100, 227), (120, 99)]
+)
+def test_shared_memory_of_a_capability(tens, most):
+    """KiB of a block, of static and dynamic memory together."""
+    library, one = cases().library, torch.ones(1)
+    library.qnk_emulator_capability(tens)
+    try:
+        assert run("shared_beside_4", one, most - 4).all()
+        with pytest.raises(
+            RuntimeError, match=f"{1024 * (most + 1)} bytes of shared memory, of which the block"
+        ):
+            run("shared_beside_4", one, most - 3)
+        with pytest.raises(RuntimeError, match=f"launch refused: {1024 * (most + 1)} bytes of shared memory"):
+            run("shared_beside_4", one, most + 1)
+    finally:
+        library.qnk_emulator_capability(80)
+
+
+def test_shared_memory_that_no_launch_asks_for():
+    """Of 48 KiB in all, launches ask from 24 KiB of dynamic memory on."""
+    one = torch.ones(1)
+    assert run("shared_beside_28", one, 20).all() and run("shared_beside_28", one, 25).all()
+    with pytest.raises(
+        RuntimeError, match=f"{52 * 1024} bytes of shared memory, of which the block may have 49152"
+    ):
+        run("shared_beside_28", one, 24)

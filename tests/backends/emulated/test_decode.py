@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_emulator import alignment, emulated, processors
+from helpers_emulator import TYPES, alignment, emulated, launches, processors
 from helpers_int_linear import UNIT, assert_within, output_rounding, random_packed
 from helpers_pq_linear import SOURCES, assert_near, weight
 from numeric import DTYPES, assert_identical
@@ -31,6 +31,25 @@ def test_pq_decode(shape, dtype):
         codes, codebook, decoded = weight(*shape, dtype, transposed, seeded(sum(shape)))
         with processors(count, "decode"):
             assert_identical(emulated("decode")["pq_decode"](codes, codebook), decoded.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "book"),
+    [
+        ((5, 7, 2, 4), torch.bfloat16, "Halves"),
+        ((20, 5, 12, 255), torch.bfloat16, "Codewords<4, true>"),
+        ((20, 5, 12, 4000), torch.float16, "Codewords<4, false>"),
+        ((20, 5, 6, 4000), torch.float32, "Codewords<4, false>"),
+        ((24, 6, 8, 256), torch.bfloat16, "Codewords<8, true>"),
+        ((24, 6, 8, 7000), torch.bfloat16, "Codewords<8, false>"),
+    ],
+    ids=str,
+)
+def test_where_pq_decode_reads_codewords(shape, dtype, book):
+    codes, codebook, decoded = weight(*shape, dtype, True, seeded(shape[3]))
+    assert_identical(emulated("decode")["pq_decode"](codes, codebook), decoded.to(dtype))
+    (launch,) = launches("decode")
+    assert launch.kernel == f"pq_decode_kernel<{TYPES[codes.dtype]}, {book}>"
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=str)

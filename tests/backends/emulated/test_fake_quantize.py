@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers_emulator import alignment, emulated
+from helpers_emulator import TYPES, alignment, emulated, launches
 from numeric import DTYPES, assert_identical, few_outside, integer, layouts, random_seed
 
 from qnkernels import functional as F
@@ -53,6 +53,17 @@ def test_every_dtype_in_and_out(dtype, other):
         x, scale, zero_point = case((19, 61), dtype, None, None, generator)
         quantizer = (scale, zero_point, integer(8), p, integer(2**40 + 5), None, None)
         assert_equals_reference((x, *quantizer, other))
+
+
+@pytest.mark.parametrize(("dtype", "other"), itertools.product(DTYPES, DTYPES), ids=str)
+def test_forms(dtype, other):
+    """Whether vectors can be loaded, and whether all of a vector has one scale."""
+    for aligned, axis, form in ((64, None, "true, true"), (64, 1, "true, false"), (1, 0, "false, false")):
+        x, scale, zero_point = case((3, 21), dtype, axis, None, torch.Generator().manual_seed(6))
+        with alignment(aligned, "fake_quantize"):
+            assert_equals_reference((x, scale, zero_point, integer(4), 0.5, integer(9), axis, None, other))
+        (launch,) = launches("fake_quantize")
+        assert launch.kernel == f"fake_quantize_kernel<{TYPES[dtype]}, {TYPES[other]}, {form}>"
 
 
 @pytest.mark.parametrize(("dtype", "axis"), zip(DTYPES, (None, 0, 1), strict=True))

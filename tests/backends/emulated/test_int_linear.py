@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_emulator import alignment, capability, emulated, processors, shared_memory
+from helpers_emulator import TYPES, alignment, capability, emulated, launches, processors, shared_memory
 from helpers_int_linear import UNIT, Packed, assert_within, output_rounding, random_packed
 from numeric import DTYPES, assert_identical
 from pairs import covering, name
@@ -105,6 +105,56 @@ def test_every_kernel(bits, dtype):
             packed = random_packed(72, 384, bits, groups, seeded(m), unit=2**-10)
             with processors(count, "int_linear"):
                 check(torch.randn(m, 384, generator=seeded(m + 1)).to(dtype), packed)
+
+
+def check_few(m: int, n: int, k: int, dtype, bits: int, groups: int, count: int) -> tuple[str, int]:
+    """(eights of rows, sixteens of outputs, steps of a turn and warps of what served few rows; parts)."""
+    packed = random_packed(n, k, bits, groups, seeded(m + k), unit=2**-10)
+    with processors(count, "int_linear"):
+        check(torch.randn(m, k, generator=seeded(m)).to(dtype), packed)
+    first, *sum_of_parts = launches("int_linear")
+    start, end = f"int_linear_few_kernel<{TYPES[dtype]}, {bits}, ", ", true>" if groups > 1 else ", false>"
+    assert first.kernel.startswith(start) and first.kernel.endswith(end)
+    assert len(sum_of_parts) == (first.grid[1] > 1)
+    return first.kernel.removeprefix(start).removesuffix(end), first.grid[1]
+
+
+def few_warps(m: int, dtype, bits: int, tens: int) -> int:
+    """Of a block: 4 where 8 need more shared memory than a device of compute capability 8.9 has."""
+    return 4 if tens == 89 and bits == 4 and (m > 8 or dtype == torch.float32) else 8
+
+
+@pytest.mark.parametrize("tens", [80, 89])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_rows_in_parts_and_around_the_ring(bits, dtype, tens):
+    """More turns than the ring of x has places, with a rest; in several parts and in one."""
+    k, many = 51 * 512 // bits, "2, 2, 2" if dtype == torch.float32 else "2, 4, 1"
+    for m, groups, form in ((3, 3, "1, 2, 2"), (8, 1, "1, 2, 2"), (12, 3, many), (16, 1, many)):
+        expected = f"{form}, {few_warps(m, dtype, bits, tens)}"
+        for count in (1, 20):
+            with capability(tens, "int_linear"):
+                served, parts = check_few(m, 5, k, dtype, bits, groups, count)
+            assert served == expected and (parts > 1) == (count > 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_rows_with_blocks_of_four_warps(bits, dtype):
+    """Where blocks of 16 outputs are enough for all multiprocessors."""
+    for groups in (1, 3):
+        assert check_few(2, 40, 12 * 512 // bits, dtype, bits, groups, count=1) == ("1, 1, 4, 4", 1)
+
+
+@pytest.mark.parametrize("tens", [80, 89, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_on_devices_with_less_shared_memory(dtype, tens):
+    many = "2, 2, 2" if dtype == torch.float32 else "2, 4, 1"
+    for bits, m, form in ((4, 1, "1, 1, 4"), (4, 8, "1, 2, 2"), (4, 12, many), (8, 12, many)):
+        for groups in (1, 3):
+            with capability(tens, "int_linear"):
+                served, _ = check_few(m, 18, 9 * 512 // bits, dtype, bits, groups, count=3)
+            assert served == f"{form}, {few_warps(m, dtype, bits, tens)}"
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(8, torch.bfloat16), (4, torch.float16)], ids=str)

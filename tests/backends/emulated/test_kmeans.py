@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from helpers_emulator import _kernels as kernels_of
-from helpers_emulator import alignment, emulated, processors, shared_memory
+from helpers_emulator import alignment, emulated, launches, processors, shared_memory
 from numeric import assert_identical
 from pairs import covering, name
 
@@ -155,20 +155,46 @@ def device(bytes_shared, count, bytes_aligned):
         yield
 
 
+def form_of_search(d: int, K: int) -> tuple[str, str]:
+    """Where the last search had the codebook, and its sums. What they take of shared memory is all it had."""
+    width = next(one for one in (8, 16, 32, 64) if d <= one)
+    rows, search = 64 if width == 8 else 32, launches("kmeans")[-1]
+    assert search.kernel.startswith(f"kmeans_search_kernel<{width}, ")
+    scratch = search.threads // 32 * rows * (4 * (width + 4) + 12)
+    whole, tiles = -(-K // 32) * 4 * (64 + 48 * width), 2 * (128 // width) * 4 * (64 + 16 * width)
+    resident = search.kernel.endswith(" true>")
+    sums = search.shared_bytes - scratch - (whole if resident else tiles)
+    assert sums in (0, -(-8 * K * (d + 1) // 16) * 16)
+    return "whole" if resident else "tiles", "table" if sums else "totals"
+
+
 @pytest.mark.parametrize(
-    ("n", "d", "K"), [(1100, 8, 20), (130, 8, 1500), (600, 16, 32), (270, 33, 10), (270, 64, 130)]
+    ("n", "d", "K", "kilobytes", "large", "small"),
+    [
+        (1100, 8, 20, 36, ("whole", "table"), ("whole", "totals")),
+        (130, 8, 1500, 48, ("whole", "totals"), ("tiles", "totals")),
+        (600, 16, 32, 33, ("whole", "table"), ("whole", "totals")),
+        (70, 16, 400, 40, ("whole", "totals"), ("tiles", "totals")),
+        (70, 32, 200, 40, ("whole", "totals"), ("tiles", "totals")),
+        (1552, 32, 97, 96, ("whole", "table"), ("tiles", "table")),
+        (270, 33, 10, 58, ("whole", "table"), ("whole", "totals")),
+        (544, 64, 34, 92, ("whole", "table"), ("tiles", "table")),
+        (270, 64, 130, 99, ("whole", "totals"), ("tiles", "totals")),
+    ],
 )
-def test_neither_memory_nor_multiprocessors_nor_alignment_change_a_bit(n, d, K):
-    """The codebook whole and in tiles, sums in a table and not, one and several rounds of a block."""
+def test_neither_memory_nor_multiprocessors_nor_alignment_change_a_bit(n, d, K, kilobytes, large, small):
+    """The codebook whole and in tiles, sums in a table and not, one round of blocks and several."""
     generator = torch.Generator().manual_seed(d + K)
     points, centroids = draw(n, d, K, "near", generator)
     weights = torch.rand(len(points), generator=generator)
-    results = []
-    for kilobytes, count, aligned in ((227, 3, 64), (99, 1, 64), (227, 1, 1)):
-        with device(kilobytes * 1024, count, aligned):
+    results, forms = [], []
+    for size, count, aligned in ((227, 3, 64), (kilobytes, 1, 64), (227, 1, 1)):
+        with device(size * 1024, count, aligned):
             step = emulated("kmeans")["kmeans_step"](points, centroids, 38, 30, 20, weights)
+            forms.append(form_of_search(d, K))
             update = emulated("kmeans")["kmeans_update"](points, step[0], K, 38, 30, weights)
         results.append((*step, *update))
+    assert forms == [large, small, large]
     assert_identical(results[0][0], nearest(points, centroids)[0])
     for other in results[1:]:
         for one, first in zip(other, results[0], strict=True):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers_emulator import emulated, processors
+from helpers_emulator import ALIGNED, TYPES, alignment, emulated, launches, processors
 from helpers_pq_linear import SOURCES, assert_near, by_codeword, weight
 from numeric import DTYPES, assert_identical
 
@@ -108,6 +108,113 @@ def test_many_steps_of_few_tokens(shape, dtype):
             x = torch.randn(m, decoded.shape[1], generator=generator).to(dtype)
             y = ours()["pq_linear"](x, codes, codebook, None)
             assert_near(y, x.double() @ decoded.T, x.double().abs() @ decoded.abs().T, x.shape[1], dtype)
+
+
+def check_form(shape, m: int, dtype, count: int) -> tuple[str, str, int]:
+    """A product on `count` multiprocessors: (kernel, what it is compiled for beside the types, parts)."""
+    generator = torch.Generator().manual_seed(sum(shape) + m)
+    codes, codebook, decoded = weight(*shape, dtype, True, generator)
+    x = torch.randn(m, decoded.shape[1], generator=generator).to(dtype)
+    with processors(count, *SOURCES):
+        y = ours()["pq_linear"](x, codes, codebook, None)
+    assert_near(y, x.double() @ decoded.T, x.double().abs() @ decoded.abs().T, x.shape[1], dtype)
+    first, *sum_of_parts = launches(*SOURCES)
+    parts = first.grid[1]
+    assert [one.kernel for one in sum_of_parts] == [f"pq_linear_sum_kernel<{TYPES[dtype]}>"][: parts - 1]
+    kernel, _, arguments = first.kernel.removesuffix(">").partition("<")
+    types = [TYPES[codes.dtype]] if dtype == torch.float32 else [TYPES[dtype], TYPES[codes.dtype]]
+    assert arguments.startswith(", ".join(types) + ", ")
+    return kernel, arguments.removeprefix(", ".join(types) + ", "), parts
+
+
+# of pq_linear_few: width of pieces, whether the table is in shared memory, outputs of a thread, most tokens,
+# whether nothing has to be checked; parts. Rounds as many as are under way and more, with a rest and without.
+FEW = (
+    ((64, 660, 4, 256), 3, 1, "4, true, 8, 4, true", 1),
+    ((72, 660, 4, 200), 7, 1, "4, true, 8, 8, true", 1),
+    ((64, 256, 4, 256), 16, 1, "4, true, 8, 16, true", 1),
+    ((36, 1060, 4, 256), 4, 1, "4, true, 4, 4, true", 1),
+    ((36, 660, 4, 100), 9, 1, "4, true, 4, 16, true", 1),
+    ((36, 660, 4, 300), 1, 1, "4, true, 4, 4, true", 1),
+    ((36, 660, 4, 300), 6, 1, "4, true, 4, 8, true", 1),
+    ((20, 386, 12, 300), 8, 1, "4, true, 4, 16, false", 1),
+    ((36, 514, 8, 256), 2, 1, "8, true, 4, 4, true", 1),
+    ((36, 514, 8, 256), 5, 1, "8, true, 4, 8, true", 1),
+    ((36, 514, 8, 256), 10, 1, "8, true, 4, 16, true", 1),
+    ((40, 265, 8, 256), 3, 4, "8, true, 4, 4, true", 2),
+    ((32, 776, 4, 256), 8, 3, "4, true, 4, 8, true", 3),
+    ((28, 1040, 4, 300), 12, 2, "4, true, 4, 16, true", 2),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("shape", "m", "count", "form", "parts"), FEW, ids=str)
+def test_forms_for_few_tokens(shape, m, count, form, parts, dtype):
+    assert check_form(shape, m, dtype, count) == ("pq_linear_few_kernel", form, parts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "in_shared"),
+    [((67, 9, 8, 256), "true"), ((67, 9, 4, 300), "true"), ((24, 6, 8, 7000), "false")],
+)
+def test_forms_for_few_tokens_of_fp32(shape, in_shared):
+    for m, tokens in ((1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8)):
+        form = f"{in_shared}, {tokens}"
+        assert check_form(shape, m, torch.float32, 3) == ("pq_linear_few_float_kernel", form, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [
+        ((24, 68, 8, 256), "8, true"),
+        ((130, 137, 4, 300), "4, true"),
+        ((24, 66, 8, 7000), "8, false"),
+    ],
+    ids=str,
+)
+def test_depth_of_tiles_divided(shape, form, dtype):
+    """One part has a step more than the other."""
+    for m, tiles in ((17, "Shape<2, 4, 4, 1>"), (70, "Shape<4, 8, 2, 2>")):
+        expected = ("pq_linear_tiles_kernel", f"{form}, {tiles}, false", 2)
+        assert check_form(shape, m, dtype, 4) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unaligned_tensors(dtype):
+    """The bindings copy what kernels read by vectors."""
+    for shape, transposed in (((64, 9, 16, 257), True), ((40, 34, 4, 256), False), ((24, 6, 8, 7000), True)):
+        generator = torch.Generator().manual_seed(sum(shape))
+        codes, codebook, decoded = weight(*shape, dtype, transposed, generator)
+        with alignment(1, *SOURCES, of_new=ALIGNED):
+            for m in (1, 6, 20, 70):
+                x = torch.randn(m, decoded.shape[1], generator=generator).to(dtype)
+                bias = torch.randn(shape[0], generator=generator).to(dtype)
+                y = ours()["pq_linear"](x, codes, codebook, bias)
+                magnitude = x.double().abs() @ decoded.abs().T + bias.double().abs()
+                assert_near(y, x.double() @ decoded.T + bias.double(), magnitude, x.shape[1], dtype)
+            grad = torch.randn(m, shape[0], generator=generator).to(dtype)
+            found = ours()["pq_linear_backward"](grad, x, codes, codebook, True, True, True)
+        whole = ours()["pq_linear_backward"](grad, x, codes, codebook, True, True, True)
+        for one, other in zip(found, whole, strict=True):
+            assert_identical(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_a_byte_of_code_in_global_memory(dtype):
+    """Codebooks of which the sums do not fit beside the tiles."""
+    shape = (20, 3, 24 if dtype != torch.float32 else 40, 256)
+    generator = torch.Generator().manual_seed(11)
+    codes, codebook, decoded = weight(*shape, dtype, True, generator)
+    grad, x = (torch.randn(9, size, generator=generator).to(dtype) for size in (20, len(decoded.T)))
+    _, grad_codebook = ours()["pq_linear_backward"](grad, x, codes, codebook, True, False, True)
+    (launch,) = launches(*SOURCES)
+    assert launch.kernel.endswith("unsigned char>") and launch.shared_bytes == (
+        0 if dtype == torch.float32 else 48 << 10
+    )
+    blocks = [g.double().T @ o.double() for g, o in ((grad, x), (grad.abs(), x.abs()))]
+    sums = [by_codeword(one.reshape(codes.numel(), -1), codes, 256, True) for one in blocks]
+    assert_near(grad_codebook, *sums, 9, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

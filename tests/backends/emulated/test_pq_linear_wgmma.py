@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers_emulator import (
+    TYPES,
     capability,
     emulated,
+    launches,
     processors,
     shared_memory,
     warpgroup_products,
@@ -60,6 +62,22 @@ def test_linear_against_float64(shape, dtype):
         assert warpgroup_products(*SOURCES) > 0
 
 
+@pytest.mark.parametrize(
+    ("shape", "code", "width"),
+    [
+        ((16, 34, 4, 255), "unsigned char", 4),
+        ((24, 18, 4, 300), "unsigned short", 4),
+        ((24, 9, 8, 256), "unsigned char", 8),
+        ((40, 5, 16, 300), "unsigned short", 8),
+    ],
+)
+def test_forms(shape, code, width):
+    for dtype in DTYPES:
+        check_linear(shape, 17, dtype, True)
+        expected = f"pq_linear_wgmma_kernel<{TYPES[dtype]}, {code}, {width}, false>"
+        assert launches(*SOURCES)[0].kernel == expected
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 def test_gradient_of_x_against_float64(shape, dtype):
@@ -80,6 +98,7 @@ def test_gradient_of_x_against_float64(shape, dtype):
         ((130, 33, 4, 300), 70, 1),
         ((67, 18, 8, 256), 131, 3),
         ((48, 3, 12, 7000), 33, 2),
+        ((48, 3, 24, 256), 33, 2),
     ],
     ids=str,
 )

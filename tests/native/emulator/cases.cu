@@ -68,6 +68,31 @@ __global__ void half_written(const float* x, float* y, int n) {
     if (threadIdx.x < n / 2) y[threadIdx.x] = x[threadIdx.x];
 }
 
+// Element 3 by thread 3, and by another, of the same value.
+__global__ void written_twice(const float*, float* y, int n) {
+    y[threadIdx.x] = 1.0f;
+    if (static_cast<int>(threadIdx.x) == n - 1) y[3] = 1.0f;
+}
+
+// The same by one thread, before and after it waits for others.
+__global__ void written_on_both_sides_of_a_barrier(const float*, float* y, int) {
+    if (threadIdx.x == 3) y[3] = 1.0f;
+    __syncthreads();
+    y[threadIdx.x] = 1.0f;
+}
+
+// Of parts [2][n] that were written by one launch, and of zeros, which may be written as often as kernels like.
+__global__ void writes_parts(const float* x, float* parts, int n) {
+    parts[threadIdx.x] = x[threadIdx.x];
+    parts[n + threadIdx.x] = 1.0f;
+}
+__global__ void adds_parts(const float* parts, float* y, int n) {
+    y[threadIdx.x] = parts[threadIdx.x] + parts[n + threadIdx.x];
+}
+__global__ void adds_itself(const float* x, float* y, int) {
+    atomicAdd(reinterpret_cast<unsigned*>(y), static_cast<unsigned>(x[threadIdx.x]));
+}
+
 __global__ void writes_its_input(const float* x, float* y, int) {
     const_cast<float*>(x)[threadIdx.x] = 1.0f;
     y[threadIdx.x] = 1.0f;
@@ -81,6 +106,16 @@ __global__ void shared_past_the_end(const float* x, float* y, int) {
 
 __global__ void shared_never_written(const float*, float* y, int) {
     QNK_SHARED(float, tile, [1024]);
+    y[threadIdx.x] = tile[threadIdx.x];
+}
+
+// Static shared memory of so many KiB, beside n KiB of dynamic.
+template <int StaticKiB>
+__global__ void large_shared(const float* x, float* y, int) {
+    QNK_SHARED(float, tile, [StaticKiB * 256]);
+    QNK_SHARED_MEMORY(memory);
+    tile[threadIdx.x] = x[0];
+    memory[threadIdx.x] = 1;
     y[threadIdx.x] = tile[threadIdx.x];
 }
 
@@ -303,9 +338,16 @@ QNK_SIMPLE(write_past_the_end)
 QNK_SIMPLE(read_before_the_start)
 QNK_SIMPLE(misaligned)
 QNK_SIMPLE(half_written)
+QNK_SIMPLE(written_twice)
+QNK_SIMPLE(written_on_both_sides_of_a_barrier)
+QNK_SIMPLE(writes_parts)
+QNK_SIMPLE(adds_parts)
+QNK_SIMPLE(adds_itself)
 QNK_SIMPLE(writes_its_input)
 QNK_CASE(shared_past_the_end, qnk::shared_past_the_end, 4 * n)
 QNK_SIMPLE(shared_never_written)
+QNK_CASE(shared_beside_4, qnk::large_shared<4>, 1024 * n)
+QNK_CASE(shared_beside_28, qnk::large_shared<28>, 1024 * n)
 QNK_CASE(reversed, qnk::reversed<true>, 0)
 QNK_CASE(missing_barrier, qnk::reversed<false>, 0)
 QNK_SIMPLE(missing_second_barrier)

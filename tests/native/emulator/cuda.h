@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "common/dtype.h"
+#include "launches.h"
 #include "memory.h"
 #include "scheduler.h"
 
@@ -62,6 +63,7 @@ constexpr size_t kSharedWithoutAsking = 48 * 1024;
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                    Arguments... arguments) {
+    emulator::note_launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes);
     if (!emulator::run(grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); }))
         emulated_error() = cudaErrorLaunchFailure;
     return cudaGetLastError();

@@ -9,11 +9,13 @@
 
 #include "memory.h"
 #include "scheduler.h"
+#include "writes.h"
 
 namespace emulator {
 namespace {
 
 void on_fault(int signal, siginfo_t* info, void* context) {
+    if (signal == SIGSEGV && is_first_write(info->si_addr)) return;  // it is tried again
     uintptr_t pc = 0;
 #if defined(__x86_64__)
     pc = static_cast<uintptr_t>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);

@@ -9,6 +9,8 @@
 #include <memory>
 #include <set>
 
+#include "writes.h"
+
 namespace emulator {
 namespace {
 
@@ -51,6 +53,15 @@ bool Guarded::intact() const {
     return true;
 }
 
+bool Guarded::holds(const void* address) const {
+    const auto* at = static_cast<const unsigned char*>(address);
+    return at >= pages_ && at < pages_ + accessible_;
+}
+
+void Guarded::allow_writes(bool allowed) const {
+    mprotect(pages_, accessible_, allowed ? PROT_READ | PROT_WRITE : PROT_READ);
+}
+
 const char* locate(const void* address) {
     static char text[160];
     const intptr_t at = reinterpret_cast<intptr_t>(address);
@@ -90,6 +101,12 @@ extern "C" __attribute__((visibility("default"))) void* qnk_emulator_allocate(si
 extern "C" __attribute__((visibility("default"))) int qnk_emulator_free(void* data) {
     const auto found = allocated.find(data);
     const bool intact = found->second->intact();
+    emulator::forget(*found->second);
     allocated.erase(found);
     return intact;
+}
+
+// Elements of the array, of `size` bytes each, may be written once in a launch. Messages call it `name`.
+extern "C" __attribute__((visibility("default"))) void qnk_emulator_track(void* data, size_t size, const char* name) {
+    emulator::track(*allocated.at(data), size, name);
 }

@@ -20,6 +20,8 @@ public:
     size_t bytes() const { return bytes_; }
     void poison();
     bool intact() const;  // what surrounds the array on its pages is as it was
+    bool holds(const void* address) const;  // on its pages
+    void allow_writes(bool allowed) const;
 
 private:
     unsigned char* pages_;  // the first that may be touched

@@ -17,13 +17,14 @@
 #include "faults.h"
 #include "memory.h"
 #include "warpgroup.h"
+#include "writes.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace emulator {
 
-size_t shared_limit = 227 * 1024;
+size_t shared_limit = 163 * 1024;  // of 8.0
 
 namespace {
 
@@ -110,7 +111,7 @@ void start(Fiber& fiber) {
 
 void resume(int thread) {
     set_position(thread);
-    if (_setjmp(scheduler) != 0) return;
+    if (_setjmp(scheduler) != 0) return after_run_of_thread();
     Fiber& fiber = fibers[thread];
     if (fiber.started) _longjmp(fiber.at, 1);
     start(fiber);
@@ -204,6 +205,7 @@ bool run_warp(int warp) {
             resume(thread);
             moved = progress = true;
         }
+        after_run_of_lanes();
         if (!moved) break;
     }
     return progress;
@@ -241,8 +243,8 @@ void run_block() {
         if (!one.second->intact()) fail("the block wrote beside a static shared array");
 }
 
-bool refuse(const char* why) {
-    snprintf(message_, sizeof message_, "launch refused: %s", why);
+bool refuse(const std::string& why) {
+    snprintf(message_, sizeof message_, "launch refused: %s", why.c_str());
     return false;
 }
 
@@ -325,6 +327,10 @@ void* shared_array(const void* site, size_t bytes, size_t alignment) {
         size_t total = 0;
         for (auto& one : shared_arrays) total += one.second->bytes();
         if (total > kStaticSharedLimit) fail("%zu bytes of static shared memory: at most 48 KiB", total);
+        total += shared_memory_bytes();
+        // from half of the 48 KiB on, launch() asks for what the device allows (cuda/device.h)
+        const size_t most = shared_memory_bytes() > kStaticSharedLimit / 2 ? shared_limit : kStaticSharedLimit;
+        if (total > most) fail("%zu bytes of shared memory, of which the block may have %zu", total, most);
     }
     return array->data();
 }
@@ -338,7 +344,9 @@ bool run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
         return refuse("a grid of no blocks, or of too many");
     if (!block.x || !block.y || !block.z || block.z > 64 || block.x * block.y * block.z > kMaxThreads)
         return refuse("a block of no threads, or of more than 1024");
-    if (shared_bytes > shared_limit) return refuse("more shared memory than a block may have");
+    if (shared_bytes > shared_limit)
+        return refuse(std::to_string(shared_bytes) + " bytes of shared memory, of which a block may have " +
+                      std::to_string(shared_limit));
     if (!stacks) {
         void* all = mmap(nullptr, kMaxThreads * (kStack + kStackGuard), PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -346,6 +354,7 @@ bool run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
         for (int t = 0; t < kMaxThreads; ++t) mprotect(stacks + t * (kStack + kStackGuard), kStackGuard, PROT_NONE);
     }
     FaultHandlers handlers;
+    const TrackedLaunch tracked;
     gridDim = grid;
     blockDim = block;
     threads = static_cast<int>(block.x * block.y * block.z);

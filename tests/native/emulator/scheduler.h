@@ -25,7 +25,7 @@ extern dim3 blockDim, gridDim;
 namespace emulator {
 
 constexpr int kLanes = 32;
-extern size_t shared_limit;  // bytes of a block; as on sm_90 unless set
+extern size_t shared_limit;  // bytes of a block, static and dynamic ones together; see cuda.cpp
 
 // Ends the launch, which returns an error with the position of this thread and the message.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));

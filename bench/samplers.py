@@ -71,7 +71,7 @@ def _on_cpu(runs: list[Callable], sample_seconds: float) -> Sampler:
     def sample() -> float:
         # the last contender left the caches to itself, and memory that it gave back is new again
         if calls > 1:
-            work(min(WARM_CALLS, 2 * calls))
+            work(min(WARM_CALLS, calls))
         seconds = timed(calls)
         kept[:] = [None] * len(runs)
         return seconds

@@ -152,21 +152,22 @@ def ours_by_mma(prepare: Callable, dtype, device_type) -> list[Contender]:
 
 
 def contenders(batch, dtype, device_type) -> list[Contender]:
-    ceiling = "F.linear bf16" if batch >= 256 else "copy_ codes"
+    product_bound = batch >= 256
     found = [
         *ours("pq_linear", device_type, call_ours),
         *(ours_by_mma(call_ours, dtype, device_type) if batch > 64 else []),
         Contender("F.linear fp32", "peer", partial(dense, torch.float32)),
-        Contender("F.linear bf16", "peer", partial(dense, torch.bfloat16)),
-        Contender("copy_ codes", "peer", copy_codes),
+        Contender("F.linear bf16", "ceiling" if product_bound else "peer", partial(dense, torch.bfloat16)),
     ]
+    if not product_bound:
+        found.append(Contender("copy_ codes", "ceiling", copy_codes))
     if device_type == "cpu" or batch <= INT8PACK_ON_GPU:
         found.append(Contender("_weight_int8pack_mm bf16", "peer", int8pack_bf16))
     if device_type == "cpu":
         found.append(Contender("quantize_dynamic", "peer", dynamic_int8))
     else:
         found.append(Contender("torch.compile", "peer", partial(formula, compiled(eager))))
-    return [replace(one, role="ceiling") if one.name == ceiling else one for one in found]
+    return found
 
 
 def step_contenders(dtype, device_type) -> list[Contender]:

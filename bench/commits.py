@@ -5,7 +5,10 @@ import subprocess
 from environment import ROOT
 
 # What a GPU runs of ours: csrc and the bindings that launch it, and Triton's kernels.
-KERNELS = ("csrc/cuda", "csrc/common", "qnkernels/backends/triton", "qnkernels/backends/cuda*.py")
+KERNELS = (
+    *("csrc/cuda", "csrc/common", "csrc/qnkernels.h", "qnkernels/backends/triton"),
+    *("qnkernels/backends/cuda*.py", "qnkernels/backends/native.py", "qnkernels/backends/dispatch.py"),
+)
 
 
 def is_exact(commit: str) -> bool:

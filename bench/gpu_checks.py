@@ -16,15 +16,17 @@ import torch
 import commits
 import environment
 import gpu_pytest
+import libraries
 import run
 import summary
 from log import Log
 from processes import Finished, finish
+from qnkernels.backends.cuda import unserved_capability
 from qnkernels.backends.native import CUDA_ARGTYPES
 from qnkernels.ops import OPS
 from report import replace_file
 
-NO_TESTS = 5  # pytest's exit code
+TESTS_FAILED, NO_TESTS = 1, 5  # pytest's exit codes
 MEMORY_ERROR = 99  # the exit code asked of compute-sanitizer
 MEMORY_SECONDS = 1800  # some hundred tests of small shapes, each many times slower than without the tool
 NOTING = threading.Lock()  # tests and memory check run side by side
@@ -51,8 +53,9 @@ def run_tests(
     elif result.code:
         log.fail("tests", result.output)
     if device == "cuda":
-        keep_tested(folder, gpu_pytest.by_op(tests), whole=result.code is not None)
-        if result.code == 0:
+        wanted = [row for row in gpu_pytest.by_op(tests) if only is None or row["op"] in run.ops_of(only)]
+        keep_tested(folder, wanted, whole=result.code in (0, TESTS_FAILED))
+        if result.code == 0 and libraries.is_complete():
             note_passed(folder, "tests", only, count)
 
 
@@ -61,6 +64,8 @@ def check_memory(log: Log, only: str | None, folder: Path, resume: bool = False)
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return log.say("memory not checked: compute-sanitizer is not installed")
+    if unserved_capability() is not None:
+        return log.say("memory not checked: no kernel in CUDA C++ is for this GPU")
     if resume and passed_before(log, "memory check", only, folder):
         return
     checked = [sanitizer, "--tool=memcheck", "--target-processes=all", f"--error-exitcode={MEMORY_ERROR}"]

@@ -59,14 +59,18 @@ QUICK_TESTS = 80  # of which for the tests, at most
 
 
 def is_measured(suite: str, folder: Path, device: str, mode: str) -> bool:
-    """Whether the suite's table has all of the cases of such a run and, for a full one, more rounds than the
-    others take."""
+    """Whether the suite's table has all of the cases of such a run, through each backend that there is, and,
+    for a full one, more rounds than the others take."""
     path = folder / f"{suite}.csv"
     rows = report.read_csv(path) if path.exists() else []
     cases = harness.chosen(importlib.import_module(f"bench_{suite}").CASES, device, mode)
     if mode == "full" and not any(int(row["rounds"]) > harness.QUICK[device].rounds for row in rows):
         return False
-    return {case.name for case in cases} <= {row["case"] for row in rows}
+    wanted = {
+        (case.name, one.name) for case in cases for one in case.contenders(device) if one.role == "ours"
+    }
+    known = {(row["case"], row["contender"]) for row in rows}
+    return wanted <= known and {case.name for case in cases} <= {name for name, _ in known}
 
 
 def is_current(suite: str, folder: Path) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from environment import ROOT
 from log import Log
 from qnkernels.backends import BackendUnavailable, kernels
+from qnkernels.backends.cuda import unserved_capability
 from qnkernels.backends.native import library_path
 
 BUILD_FILES = ("CMakeLists.txt", "setup.py", "csrc/qnkernels.h", "csrc/common/*")
@@ -37,7 +38,8 @@ def outdated(name: str) -> str:
 
 
 def prepare(log: Log, may_build: bool, on_gpu: bool) -> None:
-    """Build what is not current. On a machine with a GPU it is a failure if CUDA's then does not serve."""
+    """Build what is not current. Where there is a GPU that CUDA's is for, it fails the run if it does not serve
+    then."""
     wanted = ("cpu", "cuda") if on_gpu else ("cpu",)
     if may_build and not any(map(outdated, wanted)):
         log.say("the native libraries are newer than their sources: not built again")
@@ -45,6 +47,8 @@ def prepare(log: Log, may_build: bool, on_gpu: bool) -> None:
         build(log)
     if not on_gpu:
         return
+    if other := unserved_capability():
+        return log.lack(f"no kernel in CUDA C++ is for compute capability {other}: Triton serves every op")
     if reason := (may_build and outdated("cuda")) or refusal():
         log.fail("CUDA library", f"{reason}.\n{HOW_TO_BUILD.format(path=library_path('cuda'))}")
     else:
@@ -63,6 +67,11 @@ def build(log: Log) -> None:
         log.say(f"not built: {reason}")
     else:
         log.fail("build", output)
+
+
+def is_complete() -> bool:
+    """Whether every backend that could serve the GPU here does."""
+    return unserved_capability() is not None or not refusal()
 
 
 def refusal() -> str:

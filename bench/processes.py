@@ -45,7 +45,8 @@ def descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            parent = path.read_text().rpartition(")")[2].split()[1]  # "pid (name) state parent ..."
+            text = path.read_text(errors="replace")  # "pid (name) state parent ..."
+            parent = text.rpartition(")")[2].split()[1]
             children.setdefault(int(parent), []).append(int(path.parent.name))
     found = [pid]
     for one in found:

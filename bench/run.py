@@ -96,12 +96,11 @@ def _run_together(
         try:
             while running:
                 running = not _ended(process) and time.perf_counter() < until
-                for suite in [suite for suite in waiting if (folder / f"{suite}.json").exists()]:
-                    waiting.remove(suite)
-                    yield _outcome(suite, folder / f"{suite}.json")
+                yield from _recorded(waiting, folder)
         finally:
             code = process.poll()
             processes.end(process)
+        yield from _recorded(waiting, folder)  # since the last look
         printed = (folder / "output.txt").read_text(errors="replace")
     for suite in waiting:
         if code is None:
@@ -127,9 +126,12 @@ def _ended(process: subprocess.Popen) -> bool:
     return process.poll() is not None
 
 
-def _outcome(suite: str, path: Path) -> Outcome:
-    record = json.loads(path.read_text())
-    return Outcome(suite, rows_from_json(record), record["problem"], record["left_out"])
+def _recorded(waiting: list[str], folder: Path) -> Iterator[Outcome]:
+    """The suites of `waiting` that have ended, which are taken out of it."""
+    for suite in [suite for suite in waiting if (folder / f"{suite}.json").exists()]:
+        waiting.remove(suite)
+        record = json.loads((folder / f"{suite}.json").read_text())
+        yield Outcome(suite, rows_from_json(record), record["problem"], record["left_out"])
 
 
 def source_tree_env() -> dict[str, str]:

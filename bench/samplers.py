@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 CACHE_MULTIPLE = 3  # inputs of a rotation, in units of the cache they must not fit in
-MAX_SETS = {"cuda": 64, "cpu": 24}  # on a CPU gradients of the peers keep ten times what a call moves
+MAX_SETS = 64
 MAX_GRAPH_CALLS = 512
 WARM_CALLS = 32  # before a sample, at most: tensors of 19 MB in a cache of 32 take 10 to 25 to settle
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -34,7 +34,7 @@ def input_sets(moved_bytes: int, device: torch.device, from_memory: bool = False
         cache = last_level_cache()
     else:
         return 1
-    return min(MAX_SETS[device.type], max(1, math.ceil(CACHE_MULTIPLE * cache / max(moved_bytes, 1))))
+    return min(MAX_SETS, max(1, math.ceil(CACHE_MULTIPLE * cache / max(moved_bytes, 1))))
 
 
 def last_level_cache() -> int:

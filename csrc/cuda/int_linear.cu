@@ -93,6 +93,7 @@ cudaError_t launch_few(const Plan& plan, const IntLinear& a, cudaStream_t stream
 // Blocks of 16 outputs have a form of four warps for devices that are full; others where eight do not fit all devices.
 template <typename T, int Bits, int Rows, int Outputs>
 cudaError_t launch_few(const Plan& plan, const IntLinear& a, cudaStream_t stream) {
+    static_assert(few_shared(sizeof(T), Bits, Rows / 8, Outputs, 4) <= kFewSharedOfAll, "");
     if constexpr (Outputs == 16 || few_shared(sizeof(T), Bits, Rows / 8, Outputs, 8) > kFewSharedOfAll)
         if (plan.warps == 4) return launch_few<T, Bits, Rows, Outputs, 4>(plan, a, stream);
     return launch_few<T, Bits, Rows, Outputs, 8>(plan, a, stream);

@@ -34,21 +34,26 @@ def load() -> dict[str, Callable]:
         raise BackendUnavailable(
             "torch sees no CUDA device; install a CUDA build of torch on a machine with a GPU"
         )
-    _check_devices()
+    if (other := unserved_capability()) is not None:
+        raise BackendUnavailable(
+            f"the cuda library is for GPUs of compute capability 8.x and 9.0, and there is one of {other}; "
+            "the triton backend serves it"
+        )
     library.qnk_cuda_last_error.restype = ctypes.c_char_p
     kernels = CudaKernels(functions, library.qnk_cuda_last_error)
     return {name: getattr(kernels, name) for name in CUDA_ARGTYPES}
 
 
-def _check_devices() -> None:
-    """The library holds machine code of sm_80, which all of 8.x run, and of sm_90a, which 9.0 alone runs."""
+def unserved_capability() -> str | None:
+    """That of a GPU here which the library is not for; None if it is for all of them.
+
+    It holds machine code of sm_80, which all of 8.x run, and of sm_90a, which 9.0 alone runs.
+    """
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         if major != 8 and (major, minor) != (9, 0):
-            raise BackendUnavailable(
-                f"the cuda library is for GPUs of compute capability 8.x and 9.0, and there is one of "
-                f"{major}.{minor}; the triton backend serves it"
-            )
+            return f"{major}.{minor}"
+    return None
 
 
 @contextlib.contextmanager

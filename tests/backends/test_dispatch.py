@@ -267,19 +267,25 @@ def test_it_works_inside_torch_compile(file: Path, called: list[str], monkeypatc
 
 @pytest.mark.parametrize("capabilities", [[(8, 0), (8, 9)], [(9, 0)], []])
 def test_devices_that_the_cuda_library_has_code_for(monkeypatch, capabilities) -> None:
-    check_devices(monkeypatch, capabilities)
+    assert unserved_capability(monkeypatch, capabilities) is None
 
 
 @pytest.mark.parametrize("capabilities", [[(7, 5)], [(9, 0), (10, 0)], [(12, 0)]])
 def test_other_devices_are_left_to_triton(monkeypatch, capabilities) -> None:
+    from qnkernels.backends import cuda
+
     major, minor = capabilities[-1]
+    assert unserved_capability(monkeypatch, capabilities) == f"{major}.{minor}"
+    monkeypatch.setattr(cuda, "open_library", lambda name: None)
+    monkeypatch.setattr(cuda, "declare", lambda *arguments: {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(backends.BackendUnavailable, match=rf"one of {major}\.{minor}; the triton"):
-        check_devices(monkeypatch, capabilities)
+        cuda.load()
 
 
-def check_devices(monkeypatch, capabilities) -> None:
+def unserved_capability(monkeypatch, capabilities) -> str | None:
     from qnkernels.backends import cuda
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
-    cuda._check_devices()
+    return cuda.unserved_capability()

@@ -25,6 +25,7 @@ def surroundings(monkeypatch):
     monkeypatch.setattr(gpu_checks.commits, "differs", lambda *paths: False)
     monkeypatch.setattr(gpu_checks.shutil, "which", lambda name: f"/opt/{name}")
     monkeypatch.setattr(gpu_checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_checks.libraries, "refusal", lambda: "")
 
 
 @pytest.fixture
@@ -106,6 +107,39 @@ def test_a_stopped_run_does_not_hide_more_of_its_commit(commands, tmp_path, know
     commands.result, commands.tests = Finished(None, ""), (("a", False), ("b", failed))
     gpu_checks.run_tests(Log(), None, tmp_path, "cuda", 80)
     assert counted(tmp_path)["minmax"][0] == kept
+
+
+@pytest.mark.parametrize("code", [2, 3, -6])
+def test_nor_does_one_that_was_broken_off(commands, tmp_path, code):
+    row = {"op": "minmax", "backend": "triton", "passed": 9, "failed": 0}
+    summary.update_tested(tmp_path, [{**row, "device": "NVIDIA Something", "commit": "abc1234", "date": ""}])
+    commands.result = Finished(code, "")
+    gpu_checks.run_tests(Log(), None, tmp_path, "cuda")
+    assert counted(tmp_path)["minmax"][0] == "9"
+
+
+def test_tests_of_one_op_do_not_count_for_another(commands, tmp_path):
+    """Which they may cover in part, and by their names are selected for."""
+    gpu_checks.run_tests(Log(), "pq_linear", tmp_path, "cuda")
+    assert counted(tmp_path) == {}
+    gpu_checks.run_tests(Log(), "minmax", tmp_path, "cuda")
+    assert set(counted(tmp_path)) == {"minmax"}
+
+
+@pytest.mark.parametrize("other", [None, "10.0"])
+def test_tests_without_the_cuda_library_are_run_again(commands, monkeypatch, tmp_path, other):
+    """But where it is for other GPUs than the one here."""
+    monkeypatch.setattr(gpu_checks.libraries, "refusal", lambda: "not there")
+    monkeypatch.setattr(gpu_checks.libraries, "unserved_capability", lambda: other)
+    gpu_checks.run_tests(Log(), None, tmp_path, "cuda")
+    assert bool(summary.passed_steps(tmp_path)) == bool(other)
+
+
+def test_memory_on_a_gpu_that_no_cuda_kernel_is_for(commands, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_checks, "unserved_capability", lambda: "10.0")
+    log = Log()
+    gpu_checks.check_memory(log, None, tmp_path)
+    assert not log.failures and not commands and "is for this GPU" in capsys.readouterr().out
 
 
 def test_an_op_whose_tests_are_gone_is_a_failure(commands, tmp_path, capsys):

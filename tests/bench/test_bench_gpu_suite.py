@@ -8,6 +8,7 @@ import torch
 from helpers_bench import rows
 
 import gpu_suite
+import harness
 import report
 import run
 import summary
@@ -84,6 +85,16 @@ def test_a_table_is_whole_when_it_has_every_case(tmp_path):
         assert gpu_suite.is_measured("minmax", tmp_path, "cuda", "brief")
         assert gpu_suite.is_measured("minmax", tmp_path, "cuda", "full") == full
     assert not gpu_suite.is_measured("kmeans", tmp_path, "cuda", "quick")
+
+
+def test_a_table_is_whole_when_it_has_every_backend(monkeypatch, tmp_path):
+    """One that was measured before the CUDA library was there is measured again."""
+    monkeypatch.setattr(harness, "has_kernel", lambda backend, op: True)
+    cases = [case for case in importlib.import_module("bench_minmax").CASES if case.quick]
+    for backends, whole in ((("triton",), False), (("triton", "cuda"), True)):
+        kept = [rows()[0] | {"case": case.name, "contender": one} for case in cases for one in backends]
+        report.write_csv(tmp_path / "minmax.csv", kept)
+        assert gpu_suite.is_measured("minmax", tmp_path, "cuda", "quick") == whole
 
 
 def test_a_quick_run_leaves_a_full_table_and_names_what_it_has_no_time_for(monkeypatch, tmp_path, capsys):

@@ -141,7 +141,7 @@ def test_a_gpu_rotates_among_more_inputs_than_its_cache_holds(monkeypatch):
     cuda = torch.device("cuda")
     assert samplers.input_sets(2**30, cuda) == 1
     assert samplers.input_sets(10 * 2**20, cuda) == 15
-    assert samplers.input_sets(100, cuda) == samplers.MAX_SETS["cuda"]
+    assert samplers.input_sets(100, cuda) == samplers.MAX_SETS
     assert samplers.input_sets(100, CPU) == 1
 
 
@@ -152,7 +152,7 @@ def test_a_cpu_rotates_where_inputs_come_from_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(samplers, "CACHES", tmp_path)
     assert samplers.input_sets(16 * 2**20, CPU) == 1
     assert samplers.input_sets(16 * 2**20, CPU, from_memory=True) == 6
-    assert samplers.input_sets(2**20, CPU, from_memory=True) == samplers.MAX_SETS["cpu"]
+    assert samplers.input_sets(2**20, CPU, from_memory=True) == samplers.MAX_SETS
     monkeypatch.setattr(samplers, "CACHES", tmp_path / "absent")
     assert samplers.last_level_cache() == 64 * 2**20
 

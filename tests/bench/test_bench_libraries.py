@@ -85,6 +85,14 @@ def test_no_cuda_library_is_a_failure_that_says_what_to_do(tree, capsys, code, p
     assert log.close() == 1 and capsys.readouterr().err.endswith(f"failed: {', '.join(steps)}\n")
 
 
+def test_a_gpu_that_the_cuda_library_is_not_for(tree, monkeypatch, capsys):
+    monkeypatch.setattr(libraries, "unserved_capability", lambda: "10.0")
+    tree.makes = ("cpu",)
+    log = Log()
+    libraries.prepare(log, True, on_gpu=True)
+    assert log.close() == 0 and "compute capability 10.0" in capsys.readouterr().err
+
+
 def test_a_current_cuda_library_needs_no_compiler(tree):
     tree.result, tree.makes = CompletedProcess([], 1, "", "qnkernels needs a C++17 compiler"), ()
     tree.put(tree.library("cuda"), 1500)

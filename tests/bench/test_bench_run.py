@@ -112,6 +112,15 @@ def test_a_run_that_is_stopped_keeps_the_suites_that_ended(monkeypatch):
     assert kmeans == run.Outcome("kmeans", [], "", ["left out for want of time: kmeans"])
 
 
+def test_a_suite_that_ends_past_the_limit_while_another_is_read_is_kept(monkeypatch):
+    instead(monkeypatch, "record('minmax')\ntime.sleep(1.5)\nrecord('kmeans')")
+    monkeypatch.setattr(run, "GRACE", 0.0)
+    outcomes = run._run_together(["minmax", "kmeans"], "cuda", "quick", "", 1.0)
+    first = next(outcomes)
+    time.sleep(3)
+    assert [first, *outcomes] == [run.Outcome(suite, [], "", []) for suite in ("minmax", "kmeans")]
+
+
 def test_failed_contenders_are_told_with_their_suite(tmp_path):
     """Of a bench file of its own: one contender is measured, one fails, one peer is left out."""
     file = tmp_path / "bench_toy.py"
@@ -128,7 +137,7 @@ def test_failed_contenders_are_told_with_their_suite(tmp_path):
     ]
     env = {**run.source_tree_env(), "PYTHONPATH": os.pathsep.join((str(run.BENCH), str(run.ROOT)))}
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    outcome = run._outcome("toy", tmp_path / "toy.json")
+    (outcome,) = run._recorded(["toy"], tmp_path)
     assert result.returncode == 1, result.stdout
     assert [(row["contender"], row["target"], row["peer_target"]) for row in outcome.rows] == [
         ("good", "2", "3"),

@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "of(op): the op that a test covers, on every backend that has it")
-    config.addinivalue_line("markers", "large: takes gigabytes of GPU memory, too much for a memory check")
+    config.addinivalue_line("markers", "large: takes too much memory or time for a memory check")
     config.addinivalue_line("markers", "needs_cuda: not even the interpreter can run it")
 
 

@@ -38,8 +38,8 @@ def outdated(name: str) -> str:
 
 
 def prepare(log: Log, may_build: bool, on_gpu: bool) -> None:
-    """Build what is not current. Where there is a GPU that CUDA's is for, it fails the run if it does not serve
-    then."""
+    """Build what is not current. Where there is a GPU that CUDA's is for, the run fails if it then does not
+    serve."""
     wanted = ("cpu", "cuda") if on_gpu else ("cpu",)
     if may_build and not any(map(outdated, wanted)):
         log.say("the native libraries are newer than their sources: not built again")

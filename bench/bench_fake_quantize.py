@@ -23,7 +23,7 @@ find four vectors well inside the range (marks 225 -> 199); a word of the mask a
 190). Looking through a tile first and then not clamping it took twice as long: loads and arithmetic no
 longer overlap. Through Python 206 in a process of its own (copy 112) and 220 to 490 here in several runs,
 where x and y may or may not get a share of the cache (clone, of the same bytes, 127 to 310): "from memory"
-is what a training step sees, and does not depend on it: forward 1.18 to 1.23x the copy, backward 1.21 to
+is what a training step sees, and does not depend on it: forward 1.18 to 1.23x the copy, backward 1.18 to
 1.31x (torch.add of two such tensors 1.29 to 1.39x). 4096x4096 on one core 35.8 -> 10.9 ms forward and 39.6
 -> 12.9 backward with large pages for the result, copy 5.4. Tried: large pages from 4 MiB on, no faster, and
 now and then 13 ms for one call, in which the system looks for such pages.
